@@ -30,19 +30,17 @@ Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher 
 13 phantom, 14 command line.
 """
 import argparse
+import collections
 import copy
-import csv
 import dataclasses
-import io
+import itertools
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +55,8 @@ from torch import nn
 # Every default is the paper's (its section 3.1) unless the line says "here". Every field is an
 # option of the command line, and its text below is what --help prints.
 
-def option(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text, **more):
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +65,15 @@ class Config:
     # What to run
     data: str = option("", "folder of scans, SCGM or BIDS layout; empty: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: str = option("both", "supervised, mean_teacher or both")
+    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ...; the paper: 10")
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
     device: str = option("auto", "cuda, mps, cpu or auto")
     # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
     spacing: float = option(0.25, "in-plane voxel size after resampling, mm")
-    crop: int = option(200, "side of the centre crop, px; a multiple of 8 (here: the authors' code)")
-    rater: str = option("4", "whose masks: 1, 2, 3, 4 or majority (here: 4, as in the authors' code)")
+    crop: int = option(200, "side of the centre crop, px, a multiple of 8 (here: the authors')")
+    rater: str = option("4", "whose masks (here: as in the authors' code)",
+                        choices=["1", "2", "3", "4", "majority"])
     split: tuple = option((2, 2, 3), "subjects per site for training, validation, test")
     split_seed: int = option(0, "seed of the split, the same for every run")
     train: tuple = option((), "training subjects by name, instead of --split; every other scan is "
@@ -100,8 +99,10 @@ class Config:
     alpha: float = option(0.99, "EMA decay at first: the teacher remembers 1/(1-alpha) steps")
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly")
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "bce, or mse as in the first mean teacher; paper: bce wins")
-    augmentation: str = option("delayed", "the teacher's: delayed, or same (both get one input)")
+    consistency: str = option("bce", "pixel-wise distance; paper: bce is better than mse",
+                              choices=["bce", "mse"])
+    augmentation: str = option("delayed", "the teacher's; same: both networks get one rotated input",
+                               choices=["delayed", "same"])
     confidence: float = option(0.0, "drop pixels where the teacher's max(y, 1-y) is below; paper: "
                                "does not help")
     # Augmentation
@@ -113,8 +114,8 @@ class Config:
     # Evaluation and machine, all decided here
     threshold: float = option(0.5, "probability above which a pixel is grey matter")
     validate_every: int = option(10, "epochs between two validations and progress lines")
-    amp: bool = option(True, "bfloat16 autocast, on CUDA only; the losses stay in float32")
-    channels_last: bool = option(True, "channels-last memory, on CUDA only")
+    amp: bool = option(True, "bfloat16 autocast on CUDA; the losses stay in float32")
+    channels_last: bool = option(True, "channels-last memory format: 1.2 to 1.4 times as fast on a CPU too")
     compile: bool = option(False, "torch.compile the networks")
 
 
@@ -350,17 +351,23 @@ class InputError(Exception):
     """Bad input. Its text names the file, what is wrong, what was expected and what to do."""
 
 
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
 class Scan(NamedTuple):
-    site: str                                            # "" in a BIDS folder
-    subject: str                                         # "site1-sc01", "sub-9418"
-    name: str                                            # "site1-sc01", "sub-9418_run-1"
+    site: str                                            # "site1"; "" in a BIDS folder
+    subject: str                                         # "site1-sc01"; "sub-9709Ses1"
+    person: str                                          # as subject, without a final Ses1, Ses2
+    name: str                                            # "site1-sc01"; "sub-9709Ses1_run-1"
     image: Path
     masks: dict                                          # rater -> file; BIDS: {"": file}
 
 
 class Slices(NamedTuple):
     images: torch.Tensor                                 # (N, 1, H, W) float32, z-scored per slice
-    masks: torch.Tensor | None                           # (N, 1, H, W) float32 in {0, 1}
+    masks: torch.Tensor                                  # (N, 1, H, W) float32 in {0, 1}, or None
     where: list                                          # N times (site, scan, slice from 0)
 
 
@@ -371,24 +378,20 @@ def find_scans(folder):
     BIDS: sub-*/**/anat/*_T2star*.nii.gz with derivatives/labels/(same path)_gmseg*.nii.gz.
     """
     folder, scans = Path(folder), []
+    require(folder.is_dir(), f"{folder}: no such folder; give the folder of your scans as --data")
     for path in sorted(folder.rglob("site*-sc*-image.nii.gz")):
         name = path.name.removesuffix("-image.nii.gz")
-        masks = {rater: path.with_name(f"{name}-mask-r{rater}.nii.gz") for rater in "1234"}
-        masks = {rater: mask for rater, mask in masks.items() if mask.exists()}
-        scans.append(Scan(name.split("-")[0], name, name, path, masks))
+        masks = {m.name[-8]: m for m in sorted(path.parent.glob(f"{name}-mask-r?.nii.gz"))}
+        scans.append(Scan(name.split("-")[0], name, name, name, path, masks))
     for path in sorted(folder.glob("sub-*/**/anat/*_T2star*.nii.gz")):
-        place, stem = path.parent.relative_to(folder), path.name.removesuffix(".nii.gz")
-        masks = sorted((folder / "derivatives" / "labels" / place).glob(f"{stem}_gmseg*.nii.gz"))
-        name = re.sub("_T2star.*", "", stem)
-        scans.append(Scan("", place.parts[0], name, path, {"": masks[0]} if masks else {}))
-    if not scans:
-        raise InputError(f"{folder}: no scans found; expected site1-sc01-image.nii.gz ... (SCGM) "
-                         "or sub-*/anat/*_T2star*.nii.gz (BIDS); give their folder as --data")
+        stem, place = path.name.removesuffix(".nii.gz"), path.parent.relative_to(folder)
+        masks = sorted((folder / "derivatives/labels" / place).glob(f"{stem}_gmseg*.nii.gz"))
+        person = re.sub(r"Ses\d+$", "", place.parts[0])
+        scans.append(Scan("", place.parts[0], person, stem.split("_T2star")[0], path,
+                          {"": mask for mask in masks[:1]}))
+    require(scans, f"{folder}: no scans found; expected site1-sc01-image.nii.gz ... (SCGM layout) "
+                   "or sub-*/anat/*_T2star*.nii.gz (BIDS) below it; give their folder as --data")
     return scans
-
-
-def person(scan):
-    return re.sub(r"Ses\d+$", "", scan.subject)          # two sessions of one person may not part
 
 
 def split_scans(scans, config):
@@ -397,39 +400,38 @@ def split_scans(scans, config):
     By --train, --val, --test if given, else --split random persons per site, drawn with
     --split-seed. No person is on two sides. InputError if that cannot be done.
     """
-    chosen = {"train": config.train, "val": config.val, "test": config.test}
-    by_name = any(chosen.values())
     scans = [scan for scan in scans if scan.subject not in config.exclude]
+    labelled = [scan for scan in scans if scan.masks]
+    chosen = {"train": set(config.train), "val": set(config.val), "test": set(config.test)}
+    by_name = any(chosen.values())
     if by_name:
-        known = {scan.subject for scan in scans if scan.masks}
-        unknown = [name for names in chosen.values() for name in names if name not in known]
-        if unknown or not (config.train and config.test):
-            raise InputError(f"{config.data}: {' '.join(unknown) or 'an empty --train or --test'}:"
-                             f" no such subject with masks; name some of {' '.join(sorted(known))}")
-        sets = {key: [scan for scan in scans if scan.masks and scan.subject in names]
-                for key, names in chosen.items()}
+        known = {scan.subject for scan in labelled}
+        unknown = sorted(set.union(*chosen.values()) - known)
+        require(not unknown, f"{config.data}: no subject {', '.join(unknown)} with masks, to be "
+                             f"named in --train, --val or --test; there are {sorted(known)}")
+        require(chosen["train"] and chosen["test"],
+                f"{config.data}: subjects by name need --train and --test; --val may stay empty")
     else:
-        sets = {"train": [], "val": [], "test": []}
         generator = np.random.default_rng(config.split_seed)
         for site in sorted({scan.site for scan in scans}):
-            persons = sorted({person(s) for s in scans if s.site == site and s.masks})
-            if len(persons) < sum(config.split):
-                raise InputError(f"{config.data}: {site or 'the folder'} has {len(persons)} people"
-                                 f" with masks, --split {config.split} wants {sum(config.split)}; "
-                                 "give a smaller --split, or name subjects: --train A B --test C")
-            order = iter(generator.permutation(persons))
-            for key, count in zip(sets, config.split):
-                mine = {next(order) for _ in range(count)}
-                sets[key] += [s for s in scans if s.site == site and s.masks and person(s) in mine]
-    people = {key: {person(scan) for scan in members} for key, members in sets.items()}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        if people[one] & people[other]:
-            raise InputError(f"{config.data}: {' '.join(sorted(people[one] & people[other]))} is "
-                             f"in --{one} and in --{other}; keep each person on one side")
+            people = sorted({scan.person for scan in labelled if scan.site == site})
+            require(len(people) >= sum(config.split),
+                    f"{config.data}: {len(people)} people with masks {f'at {site} ' * bool(site)}"
+                    f"are too few for --split {' '.join(map(str, config.split))}; give a smaller "
+                    "one, or name subjects: --train A B --val C --test D")
+            parts = np.split(generator.permutation(people), np.cumsum(config.split))
+            for key, part in zip(chosen, parts):
+                chosen[key] |= {scan.subject for scan in labelled if scan.person in part}
+    sets = {key: [scan for scan in labelled if scan.subject in chosen[key]] for key in chosen}
+    people = {key: {scan.person for scan in sets[key]} for key in sets}
+    for one, other in itertools.combinations(sets, 2):
+        both = sorted(people[one] & people[other])
+        require(not both, f"{config.data}: {', '.join(both)} is in --{one} and in --{other}; "
+                          "keep each person on one side")
     held_out = set() if config.rescans else people["val"] | people["test"]
-    used = [scan for members in sets.values() for scan in members]
-    sets["unlabelled"] = [scan for scan in scans if scan not in used and person(scan) not in
-                          held_out and (by_name or not scan.masks)]
+    taken = [scan for part in sets.values() for scan in part]
+    sets["unlabelled"] = [scan for scan in scans if scan not in taken and (by_name or not
+                          scan.masks) and scan.person not in held_out]
     return sets
 
 
@@ -440,24 +442,22 @@ def read_volume(path):
         volume = image.get_fdata(dtype=np.float32)
     except Exception as error:                           # nibabel's readers raise a dozen kinds
         raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch it again") from error
-    if volume.ndim != 3:
-        raise InputError(f"{path}: has {volume.ndim} dimensions, expected 3; split it first")
+    require(volume.ndim == 3, f"{path}: has {volume.ndim} dimensions, expected 3; split it first")
     return volume, [float(mm) for mm in image.header.get_zooms()]
 
 
 def read_mask(scan, rater, shape):
     """Grey matter of one rater or of the majority. -> array (X, Y, Z) float32 in {0, 1}."""
-    raters = list(scan.masks) if rater == "majority" or "" in scan.masks else [rater]
+    raters = scan.masks if rater == "majority" or "" in scan.masks else [rater]
     votes = []
     for key in raters:
-        if key not in scan.masks:
-            raise InputError(f"{scan.image}: no mask of rater {key}; there are "
-                             f"{' '.join(scan.masks)}, choose with --rater")
+        require(key in scan.masks, f"{scan.image}: has no mask of rater {key}, only of "
+                                   f"{', '.join(scan.masks)}; choose with --rater")
         mask, _ = read_volume(scan.masks[key])
-        if mask.shape != shape or not np.isin(mask, (0, 1, 2)[:3 if key else 2]).all():
-            raise InputError(f"{scan.masks[key]}: expected the image's shape {shape} and values 0,"
-                             f" 1{' or 2' * bool(key)}, found {mask.shape} and "
-                             f"{np.unique(mask)[:5]}")
+        values = (0, 1, 2) if key else (0, 1)
+        require(mask.shape == shape and np.isin(mask, values).all(),
+                f"{scan.masks[key]}: expected the shape {shape} of its image and values {values}, "
+                f"found {mask.shape} and {np.unique(mask)[:5]}")
         votes.append(mask == 1)                          # 1 grey matter; 2 is white matter
     return (np.mean(votes, axis=0) > 0.5).astype(np.float32)  # a 2-2 tie is background
 
@@ -487,52 +487,42 @@ def normalise(slices):
     return (slices - mean) / std.clamp(min=1e-6)
 
 
-def read_set(scans, config, labelled):
-    """Read scans into Slices. Unlabelled ones' masks are not even opened.
+def read_scan(scan, config, labelled):
+    """One scan's slices -> Slices. An unlabelled one's masks are not even opened.
 
-    Labelled sets lose slices without grey matter, and every set those without any contrast.
+    Slices without any contrast are dropped and, if labelled, those without grey matter.
     """
-    images, masks, where = [], [], []
-    for scan in scans:
-        volume, voxel_mm = read_volume(scan.image)
-        image = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop)
-        keep = image.flatten(1).std(1) > 0
-        if labelled:
-            mask = read_mask(scan, config.rater, volume.shape)
-            whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
-            mask = center_crop(whole, config.crop)
-            lost = 100 * (1 - mask.sum() / whole.sum().clamp(min=1)).item()
-            if lost > 1:
-                print(f"warning: {scan.image}: {lost:.0f} % of the grey matter is outside the "
-                      f"centre crop of {config.crop} px at {config.spacing} mm; raise --crop")
-            keep &= mask.flatten(1).any(1)
-            masks.append(mask[keep])
-        images.append(normalise(image)[keep])
-        where += [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
-    empty = torch.zeros(0, 1, config.crop, config.crop)
-    return Slices(torch.cat([empty, *images]), torch.cat([empty, *masks]) if labelled else None,
-                  where)
+    volume, voxel_mm = read_volume(scan.image)
+    images, masks = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop), None
+    keep = images.flatten(1).std(1) > 0
+    if labelled:
+        mask = read_mask(scan, config.rater, volume.shape)
+        whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
+        masks = center_crop(whole, config.crop)
+        lost = 1 - (masks.sum() / whole.sum().clamp(min=1)).item()
+        if lost > 0.01 and whole.any():
+            print(f"warning: {scan.image}: {lost:.0%} of its grey matter is outside the centre "
+                  f"crop of {config.crop} px at {config.spacing} mm; raise --crop")
+        keep &= masks.flatten(1).any(1)
+        masks = masks[keep]
+    return Slices(normalise(images)[keep], masks,
+                  [(scan.site, scan.name, int(z)) for z in keep.nonzero()])
 
 
 def load_data(config, device="cpu"):
     """Read all that an experiment needs. -> dict of Slices: train, val, test, unlabelled."""
-    folder = Path(config.data) if config.data else phantom_folder()
+    folder = Path(config.data or phantom_folder())
     if not config.data and not folder.exists():
         write_phantom(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder of your scans as --data")
     data = {}
     for name, scans in split_scans(find_scans(folder), config).items():
-        part = read_set(scans, config, labelled=name != "unlabelled")
-        subjects = sorted({scan.subject for scan in scans})
-        print(f"{name:>10}: {len(part.images):4d} slices of {len(subjects):2d} subjects"
-              + (f": {' '.join(subjects)}" if config.train else ""))
-        data[name] = Slices(part.images.to(device),
-                            None if part.masks is None else part.masks.to(device), part.where)
-    if not len(data["train"].images) or not len(data["test"].images):
-        raise InputError(f"{folder}: no grey matter in any training or test slice; check --crop")
+        parts = [read_scan(scan, config, name != "unlabelled") for scan in scans]
+        empty = torch.zeros(0, 1, config.crop, config.crop)
+        data[name] = Slices(
+            torch.cat([empty, *[part.images for part in parts]]).to(device),
+            torch.cat([empty, *[part.masks for part in parts if name != "unlabelled"]]).to(device),
+            sum([part.where for part in parts], []))
     return data
-
 
 # --- 8. Metrics and evaluation -------------------------------------------------------------------
 
@@ -551,7 +541,7 @@ def segmentation_metrics(predictions, masks):
     ratios = {"dice": (2 * tp, 2 * tp + fp + fn), "miou": (tp, tp + fp + fn),
               "accuracy": (tp + tn, tp + fp + fn + tn), "precision": (tp, tp + fp),
               "recall": (tp, tp + fn), "specificity": (tn, tn + fp)}
-    return {name: 100 * top / below.clamp(min=1) for name, (top, below) in ratios.items()}
+    return {name: 100 * part / whole.clamp(min=1) for name, (part, whole) in ratios.items()}
 
 
 @torch.no_grad()
@@ -561,41 +551,24 @@ def predict_probabilities(model, images, batch=32):
     model.eval()
     probabilities = [torch.sigmoid(model(part).float()) for part in images.split(batch)]
     model.train(training)
-    return torch.cat(probabilities) if probabilities else images
+    return torch.cat(probabilities)
 
 
 def evaluate(model, slices, threshold=0.5):
-    """segmentation_metrics of a network on Slices. -> dict of (N,) tensors in percent."""
-    return segmentation_metrics(predict_probabilities(model, slices.images) > threshold,
-                                slices.masks)
+    """segmentation_metrics of a network on Slices. -> dict of list of N floats in percent."""
+    predictions = predict_probabilities(model, slices.images) > threshold
+    return {name: values.tolist() for name, values in
+            segmentation_metrics(predictions, slices.masks).items()}
 
 
 # --- 9. The training loop ------------------------------------------------------------------------
 
-def for_method(pair, method):
-    return pair[-1] if method == "mean_teacher" else pair[0]
-
-
-def pick_device(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else
-                        "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def build_student(config, device):
-    student = UNet(config.width, config.dropout).to(device)
-    if config.channels_last and device.type == "cuda":   # slower on a CPU: see the benchmark
-        student = student.to(memory_format=torch.channels_last)
-    return student
-
-
-def save(path, write):
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+def save(path, content):
+    """Write text or, with torch.save, a dict: whole or not at all, as a rename is atomic."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -604,88 +577,8 @@ def save(path, write):
 
 
 def save_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    save(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def train(config, method, seed, data, out):
-    """Train one network (and its teacher) from scratch; evaluate the last epoch on the test set.
-
-    method: supervised or mean_teacher; data: from load_data, on the device. Writes METHOD-seedS.pt
-    and .csv into out. -> dict: history (a dict per epoch), metrics[model][metric] per test slice.
-    """
-    device, labelled, unlabelled = data["train"].images.device, data["train"], data["unlabelled"]
-    epochs = for_method(config.epochs, method)
-    batch = min(config.batch, len(labelled.images))
-    steps = len(labelled.images) // batch                # the last part batch is dropped
-    torch.manual_seed(seed)                              # weights, batches, phi, noise, Dropout
-    student = build_student(config, device)
-    teacher = make_teacher(student) if method == "mean_teacher" else None
-    models = {"student": student, **({"teacher": teacher} if teacher else {})}
-    for model in models.values() if config.compile else ():
-        model.compile()
-    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.999),  # L2, not AdamW
-                                 weight_decay=for_method(config.weight_decay, method))
-    fixed = {name: getattr(config, name) for name in
-             "degrees translation scale noise consistency augmentation confidence".split()}
-    fixed["amp"] = config.amp and device.type == "cuda"
-    extra = config.unlabelled_batch if teacher and len(unlabelled.images) else 0
-    print(f"\n{method}, seed {seed}: {epochs} epochs x {steps} steps = {epochs * steps} steps of "
-          f"{batch}{f' + {extra}' * bool(extra)} slices on {device.type}")
-    history, start = [], time.perf_counter()
-    for epoch in range(1, epochs + 1):
-        lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp)
-        alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
-        sums, order = 0, torch.randperm(len(labelled.images), device=device)
-        if extra:                                        # round and round, in a new order an epoch
-            more = torch.randperm(len(unlabelled.images), device=device)
-            more = more.repeat(math.ceil(steps * extra / len(more)))
-        for i in range(steps):
-            mine = order[i * batch:(i + 1) * batch]
-            images = labelled.images[mine]                                # (B, 1, H, W)
-            if extra:
-                others = unlabelled.images[more[i * extra:(i + 1) * extra]]
-                images = torch.cat([images, others])
-            losses = train_step(student, teacher, optimizer, images, labelled.masks[mine],
-                                (epoch - 1) * steps + i, weight, alpha, **fixed)
-            sums = sums + torch.stack([losses["dice"], losses["consistency"]])
-            if epoch == 1 and i == 2:
-                announce(epochs * steps, (time.perf_counter() - start) / 3, sums, device)
-        dice, consistency = (sums / steps).tolist()      # the epoch's one wait for the device
-        row = {"epoch": epoch, "step": epoch * steps, "dice_loss": dice, "consistency_loss":
-               consistency, "weight": weight if teacher else 0.0, "lr": lr,
-               "val_student": "", "val_teacher": ""}
-        if epoch % config.validate_every == 0 or epoch == epochs:
-            if len(data["val"].images):
-                for name, model in models.items():
-                    row[f"val_{name}"] = evaluate(model, data["val"], config.threshold
-                                                  )["dice"].mean().item()
-            progress(row, epochs, steps, time.perf_counter() - start)
-        history.append(row)
-    metrics = {name: {key: value.tolist() for key, value in
-                      evaluate(model, data["test"], config.threshold).items()}
-               for name, model in models.items()}
-    save_csv(out / f"{method}-seed{seed}.csv", history)
-    state = {"config": dataclasses.asdict(config), "method": method, "seed": seed,
-             "history": history, "metrics": metrics,
-             **{name: model.state_dict() for name, model in models.items()}}
-    save(out / f"{method}-seed{seed}.pt", lambda file: torch.save(state, file))
-    return state
-
-
-def announce(steps, seconds_per_step, wait_for, device):
-    wait_for.tolist()
-    total = steps * seconds_per_step
-    print(f"about {duration(total)} for this run" + (
-        f" on this {device.type}; --preset demo takes minutes" if total > 3600 else ""))
-    print("   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher"
-          "  steps/s  time left")
+    lines = [rows[0], *(row.values() for row in rows)]
+    save(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def duration(seconds):
@@ -695,156 +588,221 @@ def duration(seconds):
     return f"{seconds:.0f} s"
 
 
-def progress(row, epochs, steps, seconds):
-    student, teacher = (f"{row[key]:.2f}" if row[key] != "" else "-"
-                        for key in ("val_student", "val_teacher"))
-    left = seconds / row["epoch"] * (epochs - row["epoch"])
-    print(f"{row['epoch']:4d}/{epochs:<4d}{row['dice_loss']:10.4f}{row['consistency_loss']:13.4f}"
-          f"{row['weight']:8.2f}{row['lr']:10.1e}{student:>18}{teacher:>9}"
-          f"{row['epoch'] * steps / seconds:9.1f}{duration(left):>11}", flush=True)
+def train(config, method, seed, data):
+    """Train one network (and its teacher) from scratch and evaluate the last epoch's on the test set.
+
+    method: supervised or mean_teacher; data: from load_data, on the device. Writes METHOD-seedS.pt
+    and .csv into config.out. -> dict: history (a dict per epoch), metrics[model][metric] (a list
+    over the test slices), and the state_dicts student and teacher.
+    """
+    labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
+    semi = method == "mean_teacher"
+    epochs, weight_decay = config.epochs[-semi], config.weight_decay[-semi]
+    batch = min(config.batch, len(labelled.images))
+    extra = config.unlabelled_batch if semi and len(unlabelled.images) else 0
+    steps = len(labelled.images) // batch                # the last part batch is dropped
+    torch.manual_seed(seed)                              # weights, batches, phi, noise, Dropout
+    student = UNet(config.width, config.dropout).to(device)
+    if config.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    teacher = make_teacher(student) if semi else None
+    models = {"student": student, "teacher": teacher} if semi else {"student": student}
+    for model in models.values():
+        if config.compile:
+            model.compile()
+    # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
+    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.999),
+                                 weight_decay=weight_decay)
+    options = {name: getattr(config, name) for name in
+               "degrees translation scale noise consistency augmentation confidence".split()}
+    options["amp"] = config.amp and device.type == "cuda"
+    print(f"\n{method}, seed {seed}: {epochs} epochs x {steps} steps = {epochs * steps} steps of "
+          f"{batch}{f' + {extra}' * bool(extra)} slices on {device.type}\n"
+          "   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher  steps/s"
+          "  time left")
+    history, start = [], time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp) * semi
+        alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
+        order = torch.randperm(len(labelled.images), device=device)
+        if extra:                                        # round and round, a new order each epoch
+            others = torch.randperm(len(unlabelled.images), device=device)
+            others = others.repeat(math.ceil(steps * extra / len(others)))
+        sums = 0
+        for i in range(steps):
+            mine = order[i * batch:(i + 1) * batch]
+            images, masks = labelled.images[mine], labelled.masks[mine]     # (8, 1, H, W)
+            if extra:
+                more = unlabelled.images[others[i * extra:(i + 1) * extra]]
+                images = torch.cat([images, more])                          # (16, 1, H, W)
+            losses = train_step(student, teacher, optimizer, images, masks,
+                                (epoch - 1) * steps + i, weight, alpha, **options)
+            sums = sums + torch.stack([losses["dice"], losses["consistency"]])
+            if (epoch, i) == (1, 2):
+                sums.tolist()                            # wait for the device before timing it
+                total = (time.perf_counter() - start) / 3 * steps * epochs
+                print(f"about {duration(total)} for this run" + " on this machine; --preset demo "
+                      "takes minutes" * (total > 7200))
+        dice, consistency = (sums / steps).tolist()      # the one wait for the device in an epoch
+        row = {"epoch": epoch, "step": epoch * steps, "dice_loss": dice,
+               "consistency_loss": consistency, "weight": weight, "lr": lr,
+               "val_student": "", "val_teacher": ""}
+        if epoch % config.validate_every == 0 or epoch == epochs:
+            shown = {"student": "-", "teacher": "-"}
+            for name, model in models.items() if len(data["val"].images) else ():
+                row[f"val_{name}"] = np.mean(evaluate(model, data["val"], config.threshold)["dice"])
+                shown[name] = f"{row[f'val_{name}']:.2f}"
+            speed = epoch * steps / (time.perf_counter() - start)
+            print(f"{epoch:4d}/{epochs:<4d}{dice:10.4f}{consistency:13.4f}{weight:8.2f}{lr:10.1e}"
+                  f"{shown['student']:>18}{shown['teacher']:>9}{speed:9.1f}"
+                  f"{duration((epochs - epoch) * steps / speed):>11}", flush=True)
+        history.append(row)
+    state = {"config": dataclasses.asdict(config), "method": method, "seed": seed,
+             "history": history, **{name: model.state_dict() for name, model in models.items()},
+             "metrics": {name: evaluate(model, data["test"], config.threshold)
+                         for name, model in models.items()}}
+    save_csv(Path(config.out) / f"{method}-seed{seed}.csv", history)
+    save(Path(config.out) / f"{method}-seed{seed}.pt", state)
+    return state
 
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
 
-PAPER = {"supervised, paper": ("67.92 (0.31)", "53.68 (0.33)", "99.75 (0.01)", "57.95 (0.79)",
-                               "92.50 (0.91)", "99.78 (0.01)"),
-         "mean teacher, paper": ("70.21 (0.23)", "55.51 (0.25)", "99.79 (0.00)", "64.73 (0.77)",
-                                 "86.11 (0.94)", "99.85 (0.01)")}
 LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
-COLORS = {"rater": "#009e73", "supervised": "#d55e00",    # Okabe and Ito's, for every reader's eyes
+COLORS = {"rater": "#009e73", "supervised": "#d55e00",    # Okabe and Ito's: safe for every eye
           "mean teacher (student)": "#56b4e9", "mean teacher (teacher)": "#0072b2"}
+PAPER = """\
+| paper: supervised      | 67.92 (0.31) | 53.68 (0.33) | 99.75 (0.01) | 57.95 (0.79) | 92.50 (0.91) | 99.78 (0.01) |
+| paper: semi-supervised | 70.21 (0.23) | 55.51 (0.25) | 99.79 (0.00) | 64.73 (0.77) | 86.11 (0.94) | 99.85 (0.01) |
+"""
 
 
 def experiment(config):
     """Train every method with every seed, evaluate, report. -> dict: scores, difference, table.
 
-    scores[row][metric]: a list over seeds of the mean over test slices, percent. Files: see README.
+    scores[row][metric]: a list over seeds of the mean over test slices, percent; difference: the
+    teacher's Dice minus the supervised network's, mean and standard error over seeds, or None.
     """
-    out, device = Path(config.out), pick_device(config.device)
-    data = load_data(config, device)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    auto = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    data = load_data(config, auto if config.device == "auto" else config.device)
     methods = ("supervised", "mean_teacher") if config.method == "both" else (config.method,)
-    save(out / "config.json",
-         lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=1).encode()))
-    runs = [train(config, method, seed, data, out)
+    runs = [train(config, method, seed, data)
             for seed in range(config.seed, config.seed + config.runs) for method in methods]
-    save_csv(out / "metrics.csv", [
-        dict(method=run["method"], seed=run["seed"], model=model, site=site, subject=subject,
-             slice=z, **{metric: round(values[metric][i], 4) for metric in METRICS})
-        for run in runs for model, values in run["metrics"].items()
-        for i, (site, subject, z) in enumerate(data["test"].where)])
-    scores = {}
+    scores, rows = {}, []
     for run in runs:
-        for model, values in run["metrics"].items():
-            row = scores.setdefault(LABELS[run["method"], model], {m: [] for m in METRICS})
-            for metric in METRICS:
-                row[metric].append(float(np.mean(values[metric])))
-    table, difference = make_table(scores, paper=data["test"].where[0][0] and config.data)
-    save(out / "table.md", lambda file: file.write(table.encode()))
+        for model, metrics in run["metrics"].items():
+            row = scores.setdefault(LABELS[run["method"], model], {name: [] for name in METRICS})
+            for name, values in metrics.items():
+                row[name].append(float(np.mean(values)))
+            rows += [dict(method=run["method"], seed=run["seed"], model=model, site=site,
+                          subject=scan, slice=z, **{name: metrics[name][i] for name in METRICS})
+                     for i, (site, scan, z) in enumerate(data["test"].where)]
+    table, difference = make_table(scores, config.data and data["test"].where[0][0])
+    save_csv(out / "metrics.csv", rows)
+    save(out / "table.md", table)
     draw_curves(runs, out / "curves.png")
     draw_examples(config, runs, data["test"], out / "examples.png")
-    print(f"\n{table}\nResults, curves.png and examples.png are in {out}")
+    print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
 
 def make_table(scores, paper=False):
-    """Table 1's layout in Markdown, and the paired Dice difference (mean, standard error)."""
-    def cell(values):
-        return f"{np.mean(values):.2f}" + (f" ({np.std(values, ddof=1):.2f})" if values[1:] else "")
-
-    rows = {label: [cell(row[metric]) for metric in METRICS] for label, row in scores.items()}
-    rows |= PAPER if paper else {}
-    lines = [("percent", *("Dice mIoU Accuracy Precision Recall Specificity".split()))]
-    lines += [(label, *cells) for label, cells in rows.items()]
-    width = [max(len(line[i]) for line in lines) for i in range(7)]
-    lines.insert(1, ["-" * width[0]] + ["-" * (w - 1) + ":" for w in width[1:]])
-    text = "".join("| " + " | ".join([line[0].ljust(width[0]), *(
-        value.rjust(w) for value, w in zip(line[1:], width[1:]))]) + " |\n" for line in lines)
+    """Scores as Markdown in the layout of Table 1. -> text, difference; see experiment()."""
     runs = len(next(iter(scores.values()))["dice"])
-    text += f"\nTest Dice etc. per slice, averaged; mean{' (std)' * (runs > 1)} of {runs} run(s).\n"
+    table = f"| {f'test slices, %, n = {runs}':22} | " + " | ".join(
+        f"{name.title().replace('Miou', 'mIoU'):>12}" for name in METRICS) + " |\n"
+    table += "| :" + "-" * 21 + (" | " + "-" * 11 + ":") * 6 + " |\n"
+    for label, row in scores.items():
+        cells = [f"{np.mean(v):.2f}" + (f" ({np.std(v, ddof=1):.2f})" if runs > 1 else "")
+                 for v in row.values()]
+        table += f"| {label:22} | " + " | ".join(f"{cell:>12}" for cell in cells) + " |\n"
+    table += PAPER if paper else ""
     if "supervised" not in scores or len(scores) < 3:
-        return text, None
+        return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
-    error = float(np.std(pairs, ddof=1) / math.sqrt(runs)) if runs > 1 else math.nan
-    text += f"Teacher minus supervised: {pairs.mean():+.2f} Dice"
-    text += f", standard error {error:.2f}, {runs} pairs\n" if runs > 1 else " (one pair)\n"
-    return text, (float(pairs.mean()), error)
+    error = float(np.std(pairs, ddof=1)) / math.sqrt(runs) if runs > 1 else math.nan
+    table += f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice" + (
+        f", standard error {error:.2f} over {runs} pairs of runs\n" if runs > 1 else ", one pair of runs\n")
+    return table, (float(pairs.mean()), error)
 
 
 def draw_curves(runs, path):
-    """Losses and validation Dice against the step, one line a run."""
-    from matplotlib.figure import Figure                  # needs no screen; slow to import
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    panels = (("Dice loss (training)", "-Dice", {"student": "dice_loss"}),
-              ("Consistency loss (training)", "BCE or MSE", {"teacher": "consistency_loss"}),
-              ("Consistency weight", "w", {"teacher": "weight"}),
-              ("Validation Dice", "%", {"student": "val_student", "teacher": "val_teacher"}))
-    for axis, (title, unit, columns) in zip(axes.flat, panels):
-        for run in runs:
-            for model, column in columns.items():
-                label = LABELS.get((run["method"], model))
-                rows = [row for row in run["history"] if row[column] != ""]
-                if label and rows:
-                    axis.plot([row["step"] for row in rows], [row[column] for row in rows],
-                              color=COLORS[label], lw=1.5,
-                              ls="--" if model == "teacher" else "-",
-                              label=label if run["seed"] == runs[0]["seed"] else None)
+    """Losses and validation Dice against the training step, one line a run, into a PNG."""
+    from matplotlib.figure import Figure                  # slow to import; needs no screen
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = (("Dice loss falls", "Dice loss (eq. 3)", {"student": "dice_loss"}),
+              ("Consistency loss", "BCE or MSE a pixel", {"teacher": "consistency_loss"}),
+              ("Validation", "Dice, %", {"student": "val_student", "teacher": "val_teacher"}))
+    for axis, (title, unit, columns) in zip(figure.subplots(1, 3), panels):
+        for run, (model, column) in itertools.product(runs, columns.items()):
+            label = LABELS.get((run["method"], model))
+            rows = [row for row in run["history"] if row[column] != ""]
+            if label and rows:
+                axis.plot([row["step"] for row in rows], [row[column] for row in rows],
+                          "--" if model == "teacher" else "-", color=COLORS[label], lw=1.5,
+                          label=label if run["seed"] == runs[0]["seed"] else None)
         axis.set(title=title, xlabel="training step", ylabel=unit)
         if axis.lines:
             axis.legend(fontsize=8)
-    save(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    figure.savefig(path, dpi=110)
 
 
 def draw_examples(config, runs, slices, path):
-    """Up to four test slices, of different scans: image, rater, and each first run's outline."""
+    """The rater's and each method's outline on four test slices of different scans, into a PNG."""
     from matplotlib.figure import Figure
-    by_scan = {}
+    scans = {}
     for i, (_, scan, _) in enumerate(slices.where):
-        by_scan.setdefault(scan, []).append(i)
-    middles = [members[len(members) // 2] for members in by_scan.values()]
+        scans.setdefault(scan, []).append(i)
+    middles = [members[len(members) // 2] for members in scans.values()]
     picked = middles[::max(1, len(middles) // 4)][:4]
-    part = Slices(slices.images[picked], slices.masks[picked], [slices.where[i] for i in picked])
-    columns = {"image": None, "rater": part.masks}
-    for run in runs:
-        model = "teacher" if run["method"] == "mean_teacher" else "student"
-        if LABELS[run["method"], model] not in columns:
-            network = UNet(config.width, config.dropout).to(part.images.device)
-            network.load_state_dict(run[model])
-            columns[LABELS[run["method"], model]] = predict_probabilities(network, part.images)
-    side = min(config.crop, round(24 / config.spacing))   # the middle 24 mm
-    figure = Figure(figsize=(3 * len(columns), 3.2 * len(picked)), layout="constrained")
+    images, masks = slices.images[picked], slices.masks[picked]
+    columns = {"image": None, "rater": masks}
+    for run in reversed(runs):                           # the first run of each method is shown
+        model = "teacher" if "teacher" in run else "student"
+        network = UNet(config.width, config.dropout).to(images.device)
+        network.load_state_dict(run[model])
+        columns[LABELS[run["method"], model]] = predict_probabilities(network, images)
+    figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    for column, (title, values) in enumerate(columns.items()):
-        for row, (_, scan, z) in enumerate(part.where):
-            axis = axes[row, column]
-            axis.imshow(center_crop(part.images, side)[row, 0].cpu(), cmap="gray")
-            axis.set(xticks=[], yticks=[], title=f"{scan}, slice {z}" if values is None else title)
-            if values is None:
-                continue
-            level = 0.5 if title == "rater" else config.threshold
-            axis.contour(center_crop(values, side)[row, 0].cpu(), [level], colors=COLORS[title])
-            if title != "rater":
-                dice = segmentation_metrics(values > level, part.masks)["dice"][row].item()
-                axis.set_xlabel(f"Dice {dice:.1f} %")
-    save(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    side = min(config.crop, round(24 / config.spacing))   # the middle 24 mm
+    for (k, i), (title, values) in itertools.product(enumerate(picked), columns.items()):
+        axis = axes[k, list(columns).index(title)]
+        axis.imshow(center_crop(images, side)[k, 0].cpu(), cmap="gray")
+        axis.set(xticks=[], yticks=[], title=title)
+        if values is None:
+            axis.set_xlabel(f"{slices.where[i][1]}, slice {slices.where[i][2]}")
+            continue
+        level = 0.5 if title == "rater" else config.threshold
+        axis.contour(center_crop(values, side)[k, 0].cpu(), [level], colors=COLORS[title])
+        if title != "rater":
+            dice = segmentation_metrics(values > level, masks)["dice"][k].item()
+            axis.set_xlabel(f"Dice {dice:.1f} %")
+    figure.savefig(path, dpi=110)
 
 
 # --- 13. The phantom -----------------------------------------------------------------------------
 # A study that needs no request: 4 sites x 20 subjects of synthetic cervical cords in the layout and
-# file names of the challenge. Painted in mm from front to back, then scanned: blur, bias, noise.
+# file names of the challenge. Painted in mm from back to front, then scanned: bias, noise.
 
-# A site's row: voxel in the plane and its thickness, mm; matrix, px; slices; black slices at each
-# end; brightness of CSF, white and grey matter, muscle, bone; noise std; blur, mm; coil bias.
-SITES = (dict(mm=0.50, thick=5.0, size=100, slices=(3, 3), black=0, csf=1.00, white=0.50, grey=0.60,
-              muscle=0.38, bone=0.10, noise=0.040, blur=0.28, bias=0.10, unit=400, axes="LAS"),
-         dict(mm=0.50, thick=7.5, size=120, slices=(7, 14), black=0, csf=0.95, white=0.55, grey=0.63,
-              muscle=0.48, bone=0.07, noise=0.025, blur=0.22, bias=0.20, unit=9000, axes="RAS"),
-         dict(mm=0.25, thick=2.5, size=208, slices=(19, 20), black=4, csf=1.00, white=0.58, grey=0.69,
-              muscle=0.55, bone=0.15, noise=0.050, blur=0.25, bias=0.15, unit=900, axes="LPS"),
-         dict(mm=0.29, thick=5.0, size=184, slices=(12, 14), black=0, csf=0.85, white=0.45, grey=0.52,
-              muscle=0.33, bone=0.06, noise=0.035, blur=0.20, bias=0.30, unit=1500, axes="RPS"))
+# mm and thick: voxel size in the plane and across, mm; size: matrix, px; slices: fewest, most; black:
+# empty slices more at each end; csf to bone: brightness; noise: its std in that unit; blur: width of
+# the edges, mm; bias: towards the coil; unit: the integer stored for brightness 1; axes: as stored.
+Site = collections.namedtuple("Site", "mm thick size slices black csf white grey muscle bone noise "
+                              "blur bias unit axes")
+SITES = (
+    Site(0.50, 5.0, 100, (3, 3), 0, 1.00, 0.50, 0.60, 0.38, 0.10, 0.040, 0.20, 0.10, 400, "LAS"),
+    Site(0.50, 7.5, 120, (7, 14), 0, 0.95, 0.55, 0.63, 0.48, 0.07, 0.025, 0.15, 0.20, 9000, "RAS"),
+    Site(0.25, 2.5, 208, (19, 20), 4, 1.00, 0.58, 0.69, 0.55, 0.15, 0.050, 0.18, 0.15, 900, "LPS"),
+    Site(0.29, 5.0, 184, (12, 14), 0, 0.85, 0.45, 0.52, 0.33, 0.06, 0.035, 0.13, 0.30, 1500, "RPS"))
 
 
 def ellipse(x, y, center_x, center_y, radius_x, radius_y):
@@ -861,31 +819,29 @@ def stroke(x, y, x0, y0, x1, y1, radius):
 
 
 def phantom_subject(site, generator):
-    """Paint one subject. -> image (Z, Y, X) int16, four raters' masks (4, Z, Y, X) uint8 as SCGM's.
+    """Paint one subject. -> image (Z, Y, X) int16, four raters' masks (4, Z, Y, X) uint8.
 
-    Y to the front, X to the right; site: a row of SITES. Masks: 0, 1 grey matter, 2 white matter.
+    x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
     """
     def draw(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     def noise(cells):                                    # (Z, Y, X) std 1, smooth, changes along z
         corners = torch.randn(2, 1, cells, cells, generator=generator)
-        one, two = F.interpolate(corners, size=(site["size"],) * 2, mode="bicubic",
-                                 align_corners=True)
+        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
         return one * torch.cos(z / 25) + two * torch.sin(z / 25)
 
-    def paint(image, value, distance, soft):             # a shape whose edge is `soft` voxels wide
-        return torch.lerp(image, torch.as_tensor(value).expand_as(image),
-                          torch.sigmoid(-distance / (soft * (0.3 * site["mm"] + 0.1))))
+    def paint(value, distance, soft):                    # a shape, over what is there
+        edge = soft * (0.2 * site.mm + site.blur)
+        return image + (value - image) * torch.sigmoid(-distance / edge)
 
-    count = int(torch.randint(site["slices"][0], site["slices"][1] + 1, (), generator=generator))
-    z = torch.arange(count).view(-1, 1, 1) * site["thick"]                           # mm
+    count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
+    z = torch.arange(count).view(-1, 1, 1) * site.thick                              # mm
     level = draw(0.0, 0.4) + z / 100                     # 0 at C2, 1 at C7
     swelling = torch.exp(-((level - 0.6) / 0.25) ** 2)   # the cervical enlargement
     disc = 0.5 + 0.5 * torch.cos(2 * math.pi * (z + draw(0, 18)) / 18)               # every 18 mm
     build, front, tilt = draw(0.9, 1.1), draw(6.0, 7.5), math.radians(draw(-6, 6))
-    csf, white, muscle = site["csf"], site["white"], site["muscle"]
-    axis = (torch.arange(site["size"]) - (site["size"] - 1) / 2) * site["mm"]
+    axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
     y, x = torch.meshgrid(axis - draw(-2.5, 2.5), axis - draw(-2.5, 2.5), indexing="ij")
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
     x, y = x + 0.45 * noise(6), y + 0.45 * noise(6)      # nobody is symmetric
@@ -893,38 +849,36 @@ def phantom_subject(site, generator):
 
     # Muscle: bundles that run obliquely outwards, parted by planes of fat (bright), fascia (dark)
     fibre = noise(30) + noise(60)
-    image = muscle * (1 + 0.22 * noise(7) + 0.12 * fibre)
+    image = site.muscle * (1 + 0.22 * noise(7) + 0.12 * fibre)
     for brightness in (1.2, 1.0, -0.7, -0.7):
         phase = draw(0.4, 0.8) * (draw(0.5, 1.0) * side + draw(0.3, 1.0) * y)
         plane = torch.cos(phase + 1.3 * noise(5) + 0.6 * noise(12)) - draw(0.90, 0.97)
         strength = (noise(9) + 0.5 * noise(20)).clamp(0, 1.2)
-        image = image + brightness * muscle * torch.sigmoid(30 * plane) * strength
+        image = image + brightness * site.muscle * torch.sigmoid(30 * plane) * strength
     # Bone and ligament: lamina, spinous process, facets, vertebra with its marrow; then arteries
-    bone = site["bone"] * (1 + 0.3 * fibre.abs() + 0.5 * noise(14).abs())
-    for value, distance, soft in (
-            (bone, stroke(side, y, 13.0, -1.0, 0.0, -draw(11, 14), draw(2.5, 4.0)), 4),
-            (bone, stroke(x, y, 0.0, -11.0, draw(-1, 1), -30.0, draw(1.0, 3.0)), 6),
-            (bone, ellipse(side, y, draw(14, 16), draw(-1, 3), draw(4.5, 6.5), draw(4, 6)), 4),
-            (bone, ellipse(x, y, 0.0, front + 9, draw(12, 15), draw(9, 11)), 2),
-            (bone + disc * muscle * draw(0.4, 1.0),
-             ellipse(x, y, 0.0, front + 9.5, draw(7, 9), draw(4, 5.5)), 8),
-            (csf * draw(0.9, 1.2),
-             ellipse(side, y, draw(11.5, 14), front + draw(1, 4), *[draw(1.4, 2.2)] * 2), 1.5)):
-        image = paint(image, value, distance, soft)
+    bone = site.bone * (1 + 0.3 * fibre.abs() + 0.5 * noise(14).abs())
+    image = paint(bone, stroke(side, y, 13.0, -1.0, 0.0, -draw(11, 14), draw(2.5, 4)), 4)
+    image = paint(bone, stroke(x, y, 0.0, -11.0, draw(-1, 1), -30.0, draw(1, 3)), 6)
+    image = paint(bone, ellipse(side, y, draw(14, 16), draw(-1, 3), draw(4.5, 6.5), draw(4, 6)), 4)
+    image = paint(bone, ellipse(x, y, 0.0, front + 9, draw(12, 15), draw(9, 11)), 2)
+    marrow = bone + disc * site.muscle * draw(0.4, 1.0)
+    image = paint(marrow, ellipse(x, y, 0.0, front + 9.5, draw(7, 9), draw(4, 5.5)), 8)
+    blood, place, radius = draw(0.9, 1.2), (draw(11.5, 14), front + draw(1, 4)), draw(1.4, 2.2)
+    image = paint(site.csf * blood, ellipse(side, y, *place, radius, radius), 1.5)
     # Spinal canal: an ellipse behind a flat, slightly hollow front; a dark wall; bright CSF
     flat = y - (front - 0.3 + draw(0.004, 0.016) * side ** 2 - 0.6 * disc)
     back = ellipse(x, y, 0.0, draw(0.5, 1.2), draw(10.5, 12.5) * build, draw(7.3, 8.5) * build)
     canal = torch.logaddexp(1.5 * flat, 1.5 * back) / 1.5                   # a rounded maximum
-    csf = csf * (1 + 0.07 * noise(7) + 0.008 * y)
-    image = paint(image, site["bone"] * draw(0.6, 1.2), canal - draw(0.8, 1.6), 1.5)
-    image = paint(image, csf, canal, 1.5)
+    csf = site.csf * (1 + 0.07 * noise(7) + 0.008 * y)
+    image = paint(site.bone * draw(0.6, 1.2), canal - draw(0.8, 1.6), 1.5)
+    image = paint(csf, canal, 1.5)
     # Cord: nerve roots, an ellipse of white matter with a notch in front, the grey butterfly
     y = y - draw(-1.0, 0.8)
     wide, deep = build * (6.1 + 0.9 * swelling) * draw(0.95, 1.05), build * draw(3.7, 4.4)
     for top in (0.35 * deep, -0.35 * deep):
         root = stroke(side, y, 0.8 * wide, top, 1.5 * wide, top * draw(0.6, 2.5), 0.25)
-        image = paint(image, csf * draw(0.7, 0.9), root, 1.5)
-    cord = ellipse(x, y + 0.06 * deep * (x / wide) ** 2, 0.0, 0.0, wide, torch.tensor(deep))
+        image = paint(csf * draw(0.7, 0.9), root, 1.5)
+    cord = ellipse(x, y + 0.06 * deep * (x / wide) ** 2, 0.0, 0.0, wide, deep)
     cord = cord + 0.5 * torch.exp(-(x / 0.7) ** 2) * torch.sigmoid((y - 0.6 * deep) / 0.3)
     horn = 0.8 + 0.35 * swelling
     ventral = ellipse(side, y, wide * draw(0.19, 0.23), deep * draw(0.20, 0.30),
@@ -933,111 +887,93 @@ def phantom_subject(site, generator):
                     draw(0.38, 0.55) * build)
     bridge = stroke(side, y, 0.0, 0.02 * deep, 0.2 * wide, 0.06 * deep, draw(0.3, 0.5))
     grey = -torch.logsumexp(torch.stack([-5 * ventral, -5 * dorsal, -5 * bridge]), 0) / 5  # union
-    white = white * (1 + 0.03 * noise(20))
-    image = paint(image, white, cord, 1.2)
-    image = paint(image, white + (site["grey"] - site["white"]) * draw(0.8, 1.2), grey, 1.2)
+    white = site.white * (1 + 0.03 * noise(20))
+    image = paint(white, cord, 1.2)
+    image = paint(white + (site.grey - site.white) * draw(0.8, 1.2), grey, 1.2)
     fissure = stroke(x, y, 0.0, 0.45 * deep, 0.0, 1.2 * deep, 0.12)
-    image = (image + paint(image, csf, fissure, 1.0)) / 2
-    # Scanner: coil bias, point spread, Rician noise
-    image = image * torch.exp(site["bias"] * (noise(2) - 0.03 * y))
-    reach = math.ceil(2 * site["blur"] / site["mm"]) + 1
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) * site["mm"] / site["blur"]) ** 2)
-    image = F.pad(image.unsqueeze(1), (reach,) * 4, mode="replicate")
-    image = F.conv2d(image, taps.outer(taps)[None, None] / taps.sum() ** 2).squeeze(1)
-    one, two = site["noise"] * torch.randn(2, *image.shape, generator=generator)
+    image = (image + paint(csf, fissure, 1)) / 2
+    # Scanner: coil bias, Rician noise
+    image = image * torch.exp(site.bias * (noise(2) - 0.03 * y))
+    one, two = site.noise * torch.randn(2, *image.shape, generator=generator)
     image = torch.hypot(image + one, two)
     masks = torch.zeros(4, *image.shape, dtype=torch.uint8)
     for mask in masks:                                   # raters differ by some 0.1 mm, smoothly
         opinion = draw(-0.1, 0.1) + 0.07 * noise(12)
         mask[cord + opinion < 0] = 2
         mask[grey + opinion < 0] = 1
-    black = (0, 0, 0, 0, site["black"], site["black"])
-    return F.pad((image * site["unit"]).round().short(), black), F.pad(masks, black)
+    black = (0, 0, 0, 0, site.black, site.black)
+    return F.pad((image * site.unit).round().short(), black), F.pad(masks, black)
 
 
 def phantom_folder():
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "mean_teacher_seg" / "phantom-1"
+    """Where the phantom is kept between runs: the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mean_teacher_seg" / "phantom-1"
 
 
 def write_phantom(folder, seed=0, sites=SITES, subjects=20):
-    """Write the phantom as NIfTI below `folder`, which appears only when it is complete.
+    """Write the phantom as NIfTI below a new folder, which appears only when it is complete.
 
-    sites: rows like SITES; subjects: per site, the first half of them with masks (at most 10).
-    The same seed writes the same voxels. InputError if the folder is there or cannot be written.
+    subjects: per site, the first half of them with masks. The same seed writes the same voxels.
+    InputError if the folder is there already.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{folder}: is there already; delete it or name another")
+    require(not folder.exists(), f"{folder}: is there already; delete it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".phantom", dir=folder.parent))
-    halves = [temporary / "training-data-gm-sc-challenge-ismrm16-v20160302b",
-              temporary / "test-data-gm-sc-challenge-ismrm16-v20160401"]
-    try:
-        for half in halves:
-            half.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
         for s, site in enumerate(sites, start=1):
-            print(f"writing the phantom, once: site {s} of {len(sites)}, {folder}", flush=True)
-            affine = np.diag([site["mm"], site["mm"], site["thick"], 1.0])
-            stored = nib.orientations.axcodes2ornt(site["axes"])
+            print(f"writing the phantom, once, to {folder}: site {s} of {len(sites)}", flush=True)
             for subject in range(1, subjects + 1):
                 generator = torch.Generator().manual_seed(10000 * seed + 100 * s + subject)
                 image, masks = phantom_subject(site, generator)
-                labelled = subject <= min(10, subjects // 2)
-                files = {"image": image, **{f"mask-r{r}": m for r, m in enumerate(masks, start=1)}}
-                for name, voxels in files.items() if labelled else [("image", image)]:
-                    nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
-                    nifti.header.set_xyzt_units("mm")
-                    nib.save(nifti.as_reoriented(stored), halves[not labelled] /
-                             f"site{s}-sc{subject:02d}-{name}.nii.gz")
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                files = {"image": image}
+                if subject <= subjects // 2:
+                    files |= {f"mask-r{r}": mask for r, mask in enumerate(masks, start=1)}
+                for name, voxels in files.items():
+                    nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(),
+                                            np.diag([site.mm, site.mm, site.thick, 1]))
+                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
+                    nib.save(nifti, f"{temporary}/site{s}-sc{subject:02d}-{name}.nii.gz")
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, folder)
 
 
 # --- 14. Command line ----------------------------------------------------------------------------
 
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
+    differs = {field.name: getattr(DEMO, field.name) for field in dataclasses.fields(Config)
+               if getattr(DEMO, field.name) != field.default}
     parser = argparse.ArgumentParser(
         description="Mean-teacher semi-supervised segmentation (Perone & Cohen-Adad 2018).",
-        epilog="Defaults are those of the paper preset; the demo preset differs in: " + ", ".join(
-            f"{key} {value}" for key, value in dataclasses.asdict(DEMO).items()
-            if value != getattr(Config(), key)))
+        epilog=f"[Defaults] are the paper preset's. The demo preset differs in: {differs}")
     parser.add_argument("--preset", choices=["paper", "demo"],
-                        help="paper (with --data) or demo, for a CPU (without)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+                        help="paper, or demo for a CPU [demo without --data, paper with]")
     for field in dataclasses.fields(Config):
-        default, flag = field.default, "--" + field.name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        kind = {"type": type(default)}
+        default, settings = field.default, {"default": argparse.SUPPRESS, **field.metadata}
         if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+            settings["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            kind = {"nargs": "+", "type": type(default[0]) if default else str}
-            default = " ".join(map(str, default))
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} [{default}]",
-                            metavar=None if "action" in kind else "X", **kind)
+            settings |= {"nargs": "+", "type": type(default[0]) if default else str}
+        elif "choices" not in settings:
+            settings["type"] = type(default)
+        if "type" in settings:
+            settings["metavar"] = "X"
+        settings["help"] += f" [{default}]" if default not in ("", ()) else ""
+        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
     given = vars(parser.parse_args(argv))
-    preset, overwrite = given.pop("preset"), given.pop("overwrite")
-    preset = preset or ("paper" if given.get("data") else "demo")
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
+    given = {key: tuple(value) if isinstance(value, list) else value
+             for key, value in given.items()}
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     name = Path(config.data).resolve().name if config.data else "phantom"
-    config = dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}")
-    for field, choices in (("method", "both supervised mean_teacher"), ("consistency", "bce mse"),
-                           ("augmentation", "delayed same"), ("rater", "1 2 3 4 majority")):
-        if getattr(config, field) not in choices.split():
-            raise InputError(f"--{field} {getattr(config, field)}: expected one of {choices}")
-    return config, overwrite
+    return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}")
 
 
 def main(argv=None):
-    """Run a command line (default: the program's own). -> the results of experiment()."""
+    """Run a command line (default: the program's own). -> what experiment() returns."""
     try:
-        config, overwrite = parse(argv)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return experiment(config)
+        return experiment(parse(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
