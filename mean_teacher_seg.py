@@ -55,8 +55,8 @@ from torch import nn
 # Every default is the paper's (its section 3.1) unless the line says "here". Every field is an
 # option of the command line, and its text below is what --help prints.
 
-def option(default, text, **more):
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+def option(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +65,23 @@ class Config:
     # What to run
     data: str = option("", "folder of scans, SCGM or BIDS layout; empty: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
+    method: str = option("both", "supervised, mean_teacher or both")
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ...; the paper: 10")
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
     device: str = option("auto", "cuda, mps, cpu or auto")
     # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
     spacing: float = option(0.25, "in-plane voxel size after resampling, mm")
     crop: int = option(200, "side of the centre crop, px, a multiple of 8 (here: the authors')")
-    rater: str = option("4", "whose masks (here: as in the authors' code)",
-                        choices=["1", "2", "3", "4", "majority"])
+    rater: str = option("4", "whose masks: 1, 2, 3, 4 or majority (here: the authors')")
     split: tuple = option((2, 2, 3), "subjects per site for training, validation, test")
     split_seed: int = option(0, "seed of the split, the same for every run")
-    train: tuple = option((), "training subjects by name, instead of --split; every other scan is "
-                          "then unlabelled, its mask unread, but for those of --val and --test")
+    train: tuple = option((), "training subjects by name, instead of --split; every scan that is "
+                          "not of a --val or --test person is then unlabelled, its mask unread")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name")
-    exclude: tuple = option((), "subjects never used, for example further scans of a test person")
-    rescans: bool = option(False, "let further scans of validation and test persons join the "
-                           "unlabelled set; sub-XSes1 and sub-XSes2 count as one person X")
+    exclude: tuple = option((), "subjects never used in any way")
+    rescans: bool = option(False, "use further scans of validation and test persons as unlabelled "
+                           "ones; sub-XSes1 and sub-XSes2 are taken for one person")
     # Network
     width: int = option(64, "channels of the first block (here: the authors' code)")
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution")
@@ -99,18 +98,14 @@ class Config:
     alpha: float = option(0.99, "EMA decay at first: the teacher remembers 1/(1-alpha) steps")
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly")
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "pixel-wise distance; paper: bce is better than mse",
-                              choices=["bce", "mse"])
-    augmentation: str = option("delayed", "the teacher's; same: one warped input for both",
-                               choices=["delayed", "same"])
-    confidence: float = option(0.0, "drop pixels where the teacher's max(y, 1-y) is below; paper: "
-                               "does not help")
+    consistency: str = option("bce", "bce or mse; the paper: bce is better")
+    augmentation: str = option("delayed", "delayed or same (both networks get one warped input)")
+    confidence: float = option(0.0, "leave out pixels where the teacher's max(y, 1-y) is below")
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)")
-    noise: float = option(0.1, "std of the added noise on z-scored images: N(0, 0.01) read as "
-                          "variance; --noise 0.01 is the other reading")
+    noise: float = option(0.1, "std of added noise, N(0, 0.01) read as variance; or else 0.01")
     # Evaluation and machine, all decided here
     threshold: float = option(0.5, "probability above which a pixel is grey matter")
     validate_every: int = option(10, "epochs between two validations and progress lines")
@@ -377,7 +372,7 @@ def find_scans(folder):
     BIDS: sub-*/**/anat/*_T2star*.nii.gz with derivatives/labels/(same path)_gmseg*.nii.gz.
     """
     folder, scans = Path(folder), []
-    require(folder.is_dir(), f"{folder}: no such folder; give the folder of your scans as --data")
+    require(folder.is_dir(), f"{folder}: no such folder; name that of your scans with --data")
     for path in sorted(folder.rglob("site*-sc*-image.nii.gz")):
         name = path.name.removesuffix("-image.nii.gz")
         # sc11 to sc20 are the challenge's test half: unlabelled, whatever lies beside them.
@@ -390,8 +385,8 @@ def find_scans(folder):
         person = re.sub(r"Ses\d+$", "", place.parts[0])
         scans.append(Scan("", place.parts[0], person, stem.split("_T2star")[0], path,
                           {"": mask for mask in masks[:1]}))
-    require(scans, f"{folder}: no scans found; expected site1-sc01-image.nii.gz ... (SCGM layout) "
-                   "or sub-*/anat/*_T2star*.nii.gz (BIDS) below it; give their folder as --data")
+    require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz (SCGM) or "
+                   "sub-*/anat/*_T2star*.nii.gz (BIDS) below it; name their folder with --data")
     return scans
 
 
@@ -407,32 +402,28 @@ def split_scans(scans, config):
     by_name = any(chosen.values())
     if by_name:
         known = {scan.subject for scan in labelled}
-        unknown = sorted(set.union(*chosen.values()) - known)
-        require(not unknown, f"{config.data}: no subject {', '.join(unknown)} with masks, to be "
-                             f"named in --train, --val or --test; there are {sorted(known)}")
-        require(chosen["train"] and chosen["test"],
-                f"{config.data}: subjects by name need --train and --test; --val may stay empty")
-    else:
-        generator = np.random.default_rng(config.split_seed)
-        for site in sorted({scan.site for scan in scans}):
-            people = sorted({scan.person for scan in labelled if scan.site == site})
-            require(len(people) >= sum(config.split),
-                    f"{config.data}: {len(people)} people with masks {f'at {site} ' * bool(site)}"
-                    f"are too few for --split {' '.join(map(str, config.split))}; give a smaller "
-                    "one, or name subjects: --train A B --val C --test D")
-            parts = np.split(generator.permutation(people), np.cumsum(config.split))
-            for key, part in zip(chosen, parts):
-                chosen[key] |= {scan.subject for scan in labelled if scan.person in part}
+        unknown = " ".join(sorted(set.union(*chosen.values()) - known))
+        require(not unknown, f"{config.data}: no subject {unknown} with masks; "
+                             f"there are {' '.join(sorted(known))}")
+        require(chosen["train"] and chosen["test"], "--train and --test must both be given")
+    generator = np.random.default_rng(config.split_seed)
+    for site in sorted({scan.site for scan in scans}) if not by_name else ():
+        people = sorted({scan.person for scan in labelled if scan.site == site})
+        require(len(people) >= sum(config.split),
+                f"{config.data}: {len(people)} people with masks in {site or 'all'}, too few for "
+                f"--split {config.split}; lower it, or name subjects: --train A B --test C")
+        parts = np.split(generator.permutation(people), np.cumsum(config.split))
+        for key, part in zip(chosen, parts):
+            chosen[key] |= {scan.subject for scan in labelled if scan.person in part}
     sets = {key: [scan for scan in labelled if scan.subject in chosen[key]] for key in chosen}
     people = {key: {scan.person for scan in sets[key]} for key in sets}
     for one, other in itertools.combinations(sets, 2):
-        both = sorted(people[one] & people[other])
-        require(not both, f"{config.data}: {', '.join(both)} is in --{one} and in --{other}; "
-                          "keep each person on one side")
-    held_out = set() if config.rescans else people["val"] | people["test"]
+        both = " ".join(sorted(people[one] & people[other]))
+        require(not both, f"{config.data}: {both} is in --{one} and in --{other}; choose one")
     taken = [scan for part in sets.values() for scan in part]
-    sets["unlabelled"] = [scan for scan in scans if scan not in taken and (by_name or not
-                          scan.masks) and scan.person not in held_out]
+    held_out = set() if config.rescans else people["val"] | people["test"]
+    sets["unlabelled"] = [scan for scan in scans if scan not in taken and
+                          scan.person not in held_out and (by_name or not scan.masks)]
     return sets
 
 
@@ -452,8 +443,7 @@ def read_mask(scan, rater, shape):
     raters = scan.masks if rater == "majority" or "" in scan.masks else [rater]
     votes = []
     for key in raters:
-        require(key in scan.masks, f"{scan.image}: has no mask of rater {key}, only of "
-                                   f"{', '.join(scan.masks)}; choose with --rater")
+        require(key in scan.masks, f"{scan.image}: no mask of rater {key}; choose another --rater")
         mask, _ = read_volume(scan.masks[key])
         values = (0, 1, 2) if key else (0, 1)
         require(mask.shape == shape and np.isin(mask, values).all(),
@@ -470,8 +460,8 @@ def to_slices(volume, voxel_mm, spacing):
     Linear, antialiased when shrinking. Source: "resampled to 0.25 x 0.25 mm", section 3.1.
     """
     slices = torch.from_numpy(volume.transpose(2, 1, 0)[:, None, ::-1].copy())    # (Z, 1, Y, X)
-    size = [max(1, round(slices.shape[2] * voxel_mm[1] / spacing)),
-            max(1, round(slices.shape[3] * voxel_mm[0] / spacing))]
+    size = [max(1, round(count * mm / spacing))
+            for count, mm in zip(slices.shape[2:], (voxel_mm[1], voxel_mm[0]))]
     return F.interpolate(slices, size=size, mode="bilinear", antialias=True)
 
 
@@ -518,12 +508,17 @@ def load_data(config, device="cpu"):
     data = {}
     for name, scans in split_scans(find_scans(folder), config).items():
         parts = [read_scan(scan, config, name != "unlabelled") for scan in scans]
-        empty = torch.zeros(0, 1, config.crop, config.crop)
-        data[name] = Slices(
-            torch.cat([empty, *[part.images for part in parts]]).to(device),
-            torch.cat([empty, *[part.masks for part in parts if name != "unlabelled"]]).to(device),
-            sum([part.where for part in parts], []))
+        images, masks, where = map(list, zip(*parts)) if parts else ([], [], [])
+        blank = torch.zeros(0, 1, config.crop, config.crop)
+        masks = [blank if mask is None else mask for mask in masks]
+        data[name] = Slices(torch.cat([blank, *images]).to(device),
+                            torch.cat([blank, *masks]).to(device), sum(where, []))
+        print(f"{name:>10}: {len(data[name].images):4d} slices of {len(scans):2d} scans"
+              + (f": {' '.join(scan.name for scan in scans)}" if config.train else ""))
+    require(len(data["train"].images) and len(data["test"].images),
+            f"{folder}: no grey matter in any training or any test slice; check --crop")
     return data
+
 
 # --- 8. Metrics and evaluation -------------------------------------------------------------------
 
@@ -616,11 +611,10 @@ def train(config, method, seed, data):
                "degrees translation scale noise consistency augmentation confidence".split()}
     options["amp"] = config.amp and device.type == "cuda"
     print(f"\n{method}, seed {seed}: {epochs} epochs x {steps} steps = {epochs * steps} steps of "
-          f"{batch}{f' + {extra}' * bool(extra)} slices on {device.type}", end="")
+          f"{batch} + {extra} slices on {device.type}")
     if device.type == "cpu" and config.width > 32:
-        print("; the paper preset takes days on a CPU, --preset demo minutes", end="")
-    print("\n"
-          "   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher  steps/s"
+        print("the paper preset takes days on a CPU; --preset demo takes minutes")
+    print("   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher  steps/s"
           "  time left")
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -735,52 +729,49 @@ def make_table(scores, paper=False):
 
 def draw_curves(runs, path):
     """Losses and validation Dice against the training step, one line a run, into a PNG."""
-    from matplotlib.figure import Figure                  # slow to import; needs no screen
+    from matplotlib.figure import Figure                 # slow to import; needs no screen
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = (("Dice loss falls", "Dice loss (eq. 3)", {"student": "dice_loss"}),
-              ("Consistency loss", "BCE or MSE a pixel", {"teacher": "consistency_loss"}),
-              ("Validation", "Dice, %", {"student": "val_student", "teacher": "val_teacher"}))
-    for axis, (title, unit, columns) in zip(figure.subplots(1, 3), panels):
+    for axis, title, columns in zip(figure.subplots(1, 3), (
+            "Dice loss (eq. 3)", "Consistency loss, per pixel", "Validation Dice, %"), (
+            {"student": "dice_loss"}, {"teacher": "consistency_loss"},
+            {"student": "val_student", "teacher": "val_teacher"})):
         for run, (model, column) in itertools.product(runs, columns.items()):
-            label = LABELS.get((run["method"], model))
-            rows = [row for row in run["history"] if row[column] != ""]
-            if label and rows:
-                axis.plot([row["step"] for row in rows], [row[column] for row in rows],
-                          "--" if model == "teacher" else "-", color=COLORS[label], lw=1.5,
+            points = [(row["step"], row[column]) for row in run["history"] if row[column] != ""]
+            if points and (run["method"], model) in LABELS:
+                label = LABELS[run["method"], model]
+                axis.plot(*zip(*points), "--" if model == "teacher" else "-", color=COLORS[label],
                           label=label if run["seed"] == runs[0]["seed"] else None)
-        axis.set(title=title, xlabel="training step", ylabel=unit)
-        if axis.lines:
-            axis.legend(fontsize=8)
+                axis.legend()
+        axis.set(title=title, xlabel="training step")
     figure.savefig(path, dpi=110)
 
 
 def draw_examples(config, runs, slices, path):
     """Four test slices with the rater's and each method's outline (its first run), into a PNG."""
     from matplotlib.figure import Figure
-    count, side = len(slices.where), min(config.crop, round(24 / config.spacing))   # 24 mm
-    picked = sorted({(2 * k + 1) * count // 8 for k in range(4)})
+    picked = sorted({(2 * k + 1) * len(slices.where) // 8 for k in range(4)})
     images, masks = slices.images[picked], slices.masks[picked]
     columns = {"image": None, "rater": masks}
-    for run in runs[:2] if len({run["method"] for run in runs}) > 1 else runs[:1]:
+    for run in reversed(runs):                           # so that the first run of each stays
         model = "teacher" if "teacher" in run else "student"
         network = UNet(config.width, config.dropout).to(images.device)
         network.load_state_dict(run[model])
         columns[LABELS[run["method"], model]] = predict_probabilities(network, images)
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    for (k, i), (column, (title, values)) in itertools.product(enumerate(picked),
-                                                               enumerate(columns.items())):
-        axis = axes[k, column]
-        axis.imshow(center_crop(images, side)[k, 0].cpu().numpy(), cmap="gray")
+    side = min(config.crop, round(24 / config.spacing))  # the middle 24 mm
+    for row, column in np.ndindex(axes.shape):
+        axis, (title, values) = axes[row, column], list(columns.items())[column]
+        axis.imshow(center_crop(images, side)[row, 0].cpu().numpy(), cmap="gray")
         axis.set(xticks=[], yticks=[], title=title)
         if values is None:
-            axis.set_xlabel(f"{slices.where[i][1]}, slice {slices.where[i][2]}")
+            axis.set_xlabel("{1}, slice {2}".format(*slices.where[picked[row]]))
         else:
             level = 0.5 if title == "rater" else config.threshold
-            dice = segmentation_metrics(values > level, masks)["dice"][k].item()
-            outline = center_crop(values, side)[k, 0].cpu().numpy()
-            axis.contour(outline, [level], colors=COLORS[title])
-            axis.set_xlabel("" if title == "rater" else f"Dice {dice:.1f} %")
+            dice = segmentation_metrics(values > level, masks)["dice"][row]
+            axis.set_xlabel(f"Dice {dice:.1f} %")
+            axis.contour(center_crop(values, side)[row, 0].cpu().numpy(), [level],
+                         colors=COLORS[title])
     figure.savefig(path, dpi=110)
 
 
@@ -934,31 +925,32 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
 
 # --- 14. Command line ----------------------------------------------------------------------------
 
+CHOICES = {"method": ["both", "supervised", "mean_teacher"], "consistency": ["bce", "mse"],
+           "augmentation": ["delayed", "same"], "rater": ["1", "2", "3", "4", "majority"]}
+
+
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
-    differs = {field.name: getattr(DEMO, field.name) for field in dataclasses.fields(Config)
-               if getattr(DEMO, field.name) != field.default}
+    differs = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
     parser = argparse.ArgumentParser(
         description="Mean-teacher semi-supervised segmentation (Perone & Cohen-Adad 2018).",
-        epilog=f"[Defaults] are the paper preset's. The demo preset differs in: {differs}")
+        epilog=f"[Defaults] are those of --preset paper; --preset demo differs in {differs}.")
     parser.add_argument("--preset", choices=["paper", "demo"],
-                        help="paper, or demo for a CPU [demo without --data, paper with]")
+                        help="paper, or demo for a CPU [demo without --data, paper with it]")
     for field in dataclasses.fields(Config):
-        default, settings = field.default, {"default": argparse.SUPPRESS, **field.metadata}
-        if isinstance(default, bool):
-            settings["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            settings |= {"nargs": "+", "type": type(default[0]) if default else str}
-        elif "choices" not in settings:
-            settings["type"] = type(default)
-        if "type" in settings:
-            settings["metavar"] = "X"
-        settings["help"] += f" [{default}]" if default not in ("", ()) else ""
-        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    given = vars(parser.parse_args(argv))
-    preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
+        value = field.default
+        kind = {"type": type(value)}
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple):
+            kind = {"nargs": "+", "type": type(value[0]) if value else str}
+        elif field.name in CHOICES:
+            kind = {"choices": CHOICES[field.name]}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{field.metadata['help']} [{value}]", **kind)
     given = {key: tuple(value) if isinstance(value, list) else value
-             for key, value in given.items()}
+             for key, value in vars(parser.parse_args(argv)).items()}
+    preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     name = Path(config.data).resolve().name if config.data else "phantom"
     return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}")

@@ -542,7 +542,7 @@ def test_raters_and_majority(tmp_path):
     assert found[20:25, 16:20].all() and found.sum() == 5 * 4 * 3
     Path(f"{stem}-mask-r4.nii.gz").unlink()
     scan, = mt.find_scans(tmp_path)
-    with pytest.raises(mt.InputError, match="no mask of rater 4, only of 1, 2, 3"):
+    with pytest.raises(mt.InputError, match="site1-sc01-image.nii.gz: no mask of rater 4"):
         mt.read_mask(scan, "4", (40, 36, 3))
 
 
@@ -621,8 +621,8 @@ def test_subjects_by_name_and_their_further_scans(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     (dict(train=("sub-aSes1",), test=("sub-aSes2",)), "sub-a is in --train and in --test"),
     (dict(train=("sub-b",), test=("sub-x",)), "no subject sub-x with masks"),
-    (dict(train=("sub-b",)), "need --train and --test"),
-    (dict(), "3 people with masks are too few for --split 2 2 3"),
+    (dict(train=("sub-b",)), "--train and --test must both be given"),
+    (dict(), r"3 people with masks in all, too few for --split \(2, 2, 3\)"),
 ])
 def test_splits_that_cannot_be(tmp_path, changes, message):
     write_bids(tmp_path, ["sub-aSes1", "sub-aSes2", "sub-b", "sub-c"])
