@@ -33,6 +33,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -48,6 +49,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 
@@ -55,8 +57,8 @@ from torch import nn
 # Every default is the paper's (its section 3.1) unless the line says "here". Every field is an
 # option of the command line, and its text below is what --help prints.
 
-def option(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text, **more):
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +67,14 @@ class Config:
     # What to run
     data: str = option("", "folder of scans, SCGM or BIDS layout; empty: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: str = option("both", "supervised, mean_teacher or both")
+    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ...; the paper: 10")
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
     device: str = option("auto", "cuda, mps, cpu or auto")
     # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
     spacing: float = option(0.25, "in-plane voxel size after resampling, mm")
     crop: int = option(200, "side of the centre crop, px, a multiple of 8 (here: the authors')")
-    rater: str = option("4", "whose masks: 1, 2, 3, 4 or majority (here: the authors')")
+    rater: str = option("4", "whose masks (here)", choices=["1", "2", "3", "4", "majority"])
     split: tuple = option((2, 2, 3), "subjects per site for training, validation, test")
     split_seed: int = option(0, "seed of the split, the same for every run")
     train: tuple = option((), "training subjects by name, instead of --split; every scan that is "
@@ -98,8 +100,9 @@ class Config:
     alpha: float = option(0.99, "EMA decay at first: the teacher remembers 1/(1-alpha) steps")
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly")
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "bce or mse; the paper: bce is better")
-    augmentation: str = option("delayed", "delayed or same (both networks get one warped input)")
+    consistency: str = option("bce", "pixel-wise distance", choices=["bce", "mse"])
+    augmentation: str = option("delayed", "or one input for both",
+                               choices=["delayed", "same"])
     confidence: float = option(0.0, "leave out pixels where the teacher's max(y, 1-y) is below")
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
@@ -167,7 +170,7 @@ class UNet(nn.Module):
         for block, skip in zip(self.up, reversed(skips)):
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             x = block(torch.cat([x, skip], dim=1))
-        # Logits, not probabilities: their BCE is stable, and autocast refuses the other one.
+        # Logits, not probabilities: the BCE of logits is stable where log(sigmoid) is not.
         return self.out(x)                               # (B, 1, H, W)
 
 
@@ -199,7 +202,8 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None, kind="bc
     # Eq. 2 prints "-y log p + (1-y) log(1-p)". That has no minimum: at y = 0 it is log(1-p), which
     # falls without end as p goes to 1, the very answer that the teacher calls wrong.
     # Mind the floor: at p = y the value is the teacher's entropy, not 0. A teacher that says 0.5
-    # costs 0.693 a pixel however well the student agrees; only the gradient, p - y, vanishes.
+    # costs 0.693 a pixel however well the student agrees; but the gradient with respect to the
+    # logit, p - y, does vanish there.
     y = teacher_probabilities.float()
     if kind == "bce":
         distance = F.binary_cross_entropy_with_logits(student_logits.float(), y, reduction="none")
@@ -242,12 +246,14 @@ def warp(images, phi):
     images (B, C, H, W) float, phi (B, 2, 3) in px as from sample_affine -> (B, C, H, W), float32.
     Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Source: section 2.1.
     """
-    # affine_grid counts from -1 to 1 across each side, whatever its length. Going there and back
-    # in px keeps a rotation a rotation when the image is not square.
-    images = images.float()
-    height, width = images.shape[-2:]
-    half = torch.tensor([width / 2, height / 2, 1.0], device=images.device)
-    theta = phi * half / half[:2, None]                  # diag(half)^-1 phi diag(half)
+    images, (height, width) = images.float(), images.shape[-2:]
+    # affine_grid counts from -1 to 1 across each side, whatever its length: convert px to that,
+    # or a rotation would shear an image that is not square.
+    theta = phi.clone()
+    theta[:, 0, 1] *= height / width
+    theta[:, 1, 0] *= width / height
+    theta[:, 0, 2] *= 2 / width
+    theta[:, 1, 2] *= 2 / height
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -266,13 +272,13 @@ def make_teacher(student):
 @torch.no_grad()
 def update_teacher(student, teacher, alpha):
     """theta' <- alpha theta' + (1 - alpha) theta, in place. alpha in [0, 1]. Source: eq. 1."""
-    # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged here.
-    # The teacher runs in train mode on every batch and keeps statistics of its own: they are those
-    # of its own activations, which the student's, averaged or not, are not. The one thing that
-    # goes wrong, and often has: to skip the buffers AND run the teacher in eval mode. Then they
-    # stay at mean 0, variance 1 for ever. If yours must run in eval mode, copy the buffers too.
+    # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
+    # need not be: the teacher runs in train mode on every batch (Dropout on, too) and so keeps
+    # statistics of its own activations. What must not happen, and often has: to skip the buffers
+    # and run the teacher in eval mode. They would stay at mean 0 and variance 1 for ever. A
+    # teacher that has to run in eval mode needs the student's buffers copied here.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
-        theta_teacher.lerp_(theta, 1 - alpha)            # .data and add_(scalar, x) are history
+        theta_teacher.lerp_(theta, 1 - alpha)
 
 
 def ramp_up(epoch, length):
@@ -315,13 +321,14 @@ def train_step(student, teacher, optimizer, images, masks, step, weight=2.9, alp
     dice = dice_loss(torch.sigmoid(logits[:labelled]), masks)                            # line 5
     loss, agreement = dice, torch.zeros_like(dice)
     if teacher is not None:
-        with torch.no_grad(), autocast:                                                  # line 4
-            other = images + noise * torch.randn_like(images)
-            if augmentation == "same":                   # what the paper argues against
-                targets = torch.sigmoid(teacher(warp(other, phi)).float())
-            else:
-                targets = warp(torch.sigmoid(teacher(other).float()), phi)
-        # Pixels that phi took from outside the image have no target: leave them out.
+        other = images + noise * torch.randn_like(images)
+        other = warp(other, phi) if augmentation == "same" else other
+        with torch.no_grad(), autocast:
+            targets = torch.sigmoid(teacher(other).float())                              # line 4
+        if augmentation == "delayed":                    # outside autocast: bfloat16 has 8 bits,
+            targets = warp(targets, phi)                 # too few for a place among 200 px
+        # Pixels that phi took from outside the image have no target: leave them out. (Dice need
+        # not care: there the mask is 0, and so is the prediction soon.)
         valid = warp(torch.ones_like(images), phi) > 0.999
         valid &= torch.maximum(targets, 1 - targets) >= confidence
         agreement = consistency_loss(logits, targets, valid, consistency)                # line 6
@@ -356,12 +363,15 @@ class Scan(NamedTuple):
     person: str                                          # as subject, without a final Ses1, Ses2
     name: str                                            # "site1-sc01"; "sub-9709Ses1_run-1"
     image: Path
-    masks: dict                                          # rater -> file; BIDS: {"": file}
+    masks: dict                                          # rater -> file; BIDS: {ANY: file}
+
+
+ANY = "any"                                              # BIDS masks do not name their rater
 
 
 class Slices(NamedTuple):
     images: torch.Tensor                                 # (N, 1, H, W) float32, z-scored per slice
-    masks: torch.Tensor                                  # (N, 1, H, W) float32 in {0, 1}, or None
+    masks: torch.Tensor                                  # as images, in {0, 1}; unlabelled: none
     where: list                                          # N times (site, scan, slice from 0)
 
 
@@ -373,7 +383,7 @@ def find_scans(folder):
     """
     folder, scans = Path(folder), []
     require(folder.is_dir(), f"{folder}: no such folder; name that of your scans with --data")
-    for path in sorted(folder.rglob("site*-sc*-image.nii.gz")):
+    for path in sorted(folder.rglob("site?-sc??-image.nii.gz")):
         name = path.name.removesuffix("-image.nii.gz")
         # sc11 to sc20 are the challenge's test half: unlabelled, whatever lies beside them.
         masks = sorted(path.parent.glob(f"{name}-mask-r?.nii.gz")) if name[-2:] <= "10" else []
@@ -384,7 +394,7 @@ def find_scans(folder):
         masks = sorted((folder / "derivatives/labels" / place).glob(f"{stem}_gmseg*.nii.gz"))
         person = re.sub(r"Ses\d+$", "", place.parts[0])
         scans.append(Scan("", place.parts[0], person, stem.split("_T2star")[0], path,
-                          {"": mask for mask in masks[:1]}))
+                          {ANY: mask for mask in masks[:1]}))
     require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz (SCGM) or "
                    "sub-*/anat/*_T2star*.nii.gz (BIDS) below it; name their folder with --data")
     return scans
@@ -396,6 +406,8 @@ def split_scans(scans, config):
     By --train, --val, --test if given, else --split random persons per site, drawn with
     --split-seed. No person is on two sides. InputError if that cannot be done.
     """
+    unknown = " ".join(set(config.exclude) - {scan.subject for scan in scans})
+    require(not unknown, f"{config.data}: no subject {unknown} to --exclude; check the spelling")
     scans = [scan for scan in scans if scan.subject not in config.exclude]
     labelled = [scan for scan in scans if scan.masks]
     chosen = {"train": set(config.train), "val": set(config.val), "test": set(config.test)}
@@ -406,8 +418,9 @@ def split_scans(scans, config):
         require(not unknown, f"{config.data}: no subject {unknown} with masks; "
                              f"there are {' '.join(sorted(known))}")
         require(chosen["train"] and chosen["test"], "--train and --test must both be given")
+    sites = [] if by_name else sorted({scan.site for scan in scans})
     generator = np.random.default_rng(config.split_seed)
-    for site in sorted({scan.site for scan in scans}) if not by_name else ():
+    for site in sites:                                   # of SCGM's 10, 3 are left over and unused
         people = sorted({scan.person for scan in labelled if scan.site == site})
         require(len(people) >= sum(config.split),
                 f"{config.data}: {len(people)} people with masks in {site or 'all'}, too few for "
@@ -428,28 +441,36 @@ def split_scans(scans, config):
 
 
 def read_volume(path):
-    """Read a 3-D NIfTI. -> array (X, Y, Z) float32, axes to the right, anterior, superior; mm."""
+    """Read a 3-D NIfTI. -> array (X, Y, Z) float32, axes to the right, anterior, superior; affine.
+
+    InputError if it cannot be read, is not 3-D or holds a NaN or an infinite voxel.
+    """
     try:
         image = nib.as_closest_canonical(nib.load(path))
         volume = image.get_fdata(dtype=np.float32)
     except Exception as error:                           # nibabel's readers raise a dozen kinds
         raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch it again") from error
     require(volume.ndim == 3, f"{path}: has {volume.ndim} dimensions, expected 3; split it first")
-    return volume, [float(mm) for mm in image.header.get_zooms()]
+    require(np.isfinite(volume).all(), f"{path}: has NaN or infinite voxels; mend or exclude it")
+    return volume, image.affine
 
 
-def read_mask(scan, rater, shape):
-    """Grey matter of one rater or of the majority. -> array (X, Y, Z) float32 in {0, 1}."""
-    raters = scan.masks if rater == "majority" or "" in scan.masks else [rater]
+def read_mask(scan, rater, shape, affine):
+    """Grey matter of one rater or of the majority. -> array (X, Y, Z) float32 in {0, 1}.
+
+    InputError if the mask is not on the grid of its image or holds values that mean nothing.
+    """
+    raters = scan.masks if rater == "majority" or ANY in scan.masks else [rater]
     votes = []
     for key in raters:
         require(key in scan.masks, f"{scan.image}: no mask of rater {key}; choose another --rater")
-        mask, _ = read_volume(scan.masks[key])
-        values = (0, 1, 2) if key else (0, 1)
-        require(mask.shape == shape and np.isin(mask, values).all(),
-                f"{scan.masks[key]}: expected the shape {shape} of its image and values {values}, "
-                f"found {mask.shape} and {np.unique(mask)[:5]}")
-        votes.append(mask == 1)                          # 1 grey matter; 2 is white matter
+        mask, mask_affine = read_volume(scan.masks[key])
+        require(mask.shape == shape and np.allclose(mask_affine, affine, atol=1e-3),
+                f"{scan.masks[key]}: is not on the grid of its image, {shape}; resample it")
+        values = (0, 1) if key == ANY else (0, 1, 2)     # 1 is grey matter, 2 white matter
+        require(np.isin(mask, values).all(),
+                f"{scan.masks[key]}: has values {np.unique(mask)[:5]}, expected {values}")
+        votes.append(mask == 1)
     return (np.mean(votes, axis=0) > 0.5).astype(np.float32)  # a 2-2 tie is background
 
 
@@ -483,11 +504,13 @@ def read_scan(scan, config, labelled):
 
     Slices without any contrast are dropped and, if labelled, those without grey matter.
     """
-    volume, voxel_mm = read_volume(scan.image)
-    images, masks = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop), None
+    volume, affine = read_volume(scan.image)
+    voxel_mm = nib.affines.voxel_sizes(affine)
+    images = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop)
+    masks = images[:0]
     keep = images.flatten(1).std(1) > 0
     if labelled:
-        mask = read_mask(scan, config.rater, volume.shape)
+        mask = read_mask(scan, config.rater, volume.shape, affine)
         whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
         masks = center_crop(whole, config.crop)
         lost = 1 - (masks.sum() / whole.sum().clamp(min=1)).item()
@@ -507,12 +530,12 @@ def load_data(config, device="cpu"):
         write_phantom(folder)
     data = {}
     for name, scans in split_scans(find_scans(folder), config).items():
-        parts = [read_scan(scan, config, name != "unlabelled") for scan in scans]
-        images, masks, where = map(list, zip(*parts)) if parts else ([], [], [])
         blank = torch.zeros(0, 1, config.crop, config.crop)
-        masks = [blank if mask is None else mask for mask in masks]
-        data[name] = Slices(torch.cat([blank, *images]).to(device),
-                            torch.cat([blank, *masks]).to(device), sum(where, []))
+        parts = [Slices(blank, blank, [])]
+        parts += [read_scan(scan, config, name != "unlabelled") for scan in scans]
+        images, masks, where = zip(*parts)
+        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device),
+                            sum(where, []))
         print(f"{name:>10}: {len(data[name].images):4d} slices of {len(scans):2d} scans"
               + (f": {' '.join(scan.name for scan in scans)}" if config.train else ""))
     require(len(data["train"].images) and len(data["test"].images),
@@ -561,6 +584,7 @@ def evaluate(model, slices, threshold=0.5):
 
 def save(path, content):
     """Write text or, with torch.save, a dict: whole or not at all, as a rename is atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -577,13 +601,6 @@ def save_csv(path, rows):
     save(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
-def duration(seconds):
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def train(config, method, seed, data):
     """Train one network (and its teacher) from scratch; evaluate the last epoch on the test set.
 
@@ -593,7 +610,7 @@ def train(config, method, seed, data):
     """
     labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
     semi = method == "mean_teacher"
-    epochs, weight_decay = config.epochs[-semi], config.weight_decay[-semi]
+    epochs, weight_decay = config.epochs[-1 if semi else 0], config.weight_decay[-1 if semi else 0]
     batch = min(config.batch, len(labelled.images))
     extra = config.unlabelled_batch if semi and len(unlabelled.images) else 0
     steps = len(labelled.images) // batch                # the last part batch is dropped
@@ -640,17 +657,16 @@ def train(config, method, seed, data):
         dice, consistency = (sums / steps).tolist()      # the one wait for the device in an epoch
         row = {"epoch": epoch, "step": epoch * steps, "dice_loss": dice,
                "consistency_loss": consistency, "weight": weight, "lr": lr,
-               "val_student": "", "val_teacher": ""}
+               "val_student": math.nan, "val_teacher": math.nan}
         if epoch % config.validate_every == 0 or epoch in (1, epochs):
-            shown = {"student": "-", "teacher": "-"}
             for name, model in models.items() if len(data["val"].images) else ():
                 dices = evaluate(model, data["val"], config.threshold)["dice"]
                 row[f"val_{name}"] = sum(dices) / len(dices)
-                shown[name] = f"{row[f'val_{name}']:.2f}"
             speed = epoch * steps / (time.perf_counter() - start)
+            left = datetime.timedelta(seconds=round((epochs - epoch) * steps / speed))
             print(f"{epoch:4d}/{epochs:<4d}{dice:10.4f}{consistency:13.4f}{weight:8.2f}{lr:10.1e}"
-                  f"{shown['student']:>18}{shown['teacher']:>9}{speed:9.1f}"
-                  f"{duration((epochs - epoch) * steps / speed):>11}", flush=True)
+                  f"{row['val_student']:18.2f}{row['val_teacher']:9.2f}{speed:9.1f}{left!s:>11}"
+                  .replace("nan", "  -"), flush=True)
         history.append(row)
     state = {"config": dataclasses.asdict(config), "method": method, "seed": seed,
              "history": history, **{name: model.state_dict() for name, model in models.items()},
@@ -681,7 +697,6 @@ def experiment(config):
     teacher's Dice minus the supervised network's, mean and standard error over seeds, or None.
     """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     auto = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -729,14 +744,14 @@ def make_table(scores, paper=False):
 
 def draw_curves(runs, path):
     """Losses and validation Dice against the training step, one line a run, into a PNG."""
-    from matplotlib.figure import Figure                 # slow to import; needs no screen
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axis, title, columns in zip(figure.subplots(1, 3), (
             "Dice loss (eq. 3)", "Consistency loss, per pixel", "Validation Dice, %"), (
             {"student": "dice_loss"}, {"teacher": "consistency_loss"},
             {"student": "val_student", "teacher": "val_teacher"})):
         for run, (model, column) in itertools.product(runs, columns.items()):
-            points = [(row["step"], row[column]) for row in run["history"] if row[column] != ""]
+            points = [(row["step"], row[column]) for row in run["history"]
+                      if not math.isnan(row[column])]
             if points and (run["method"], model) in LABELS:
                 label = LABELS[run["method"], model]
                 axis.plot(*zip(*points), "--" if model == "teacher" else "-", color=COLORS[label],
@@ -748,11 +763,10 @@ def draw_curves(runs, path):
 
 def draw_examples(config, runs, slices, path):
     """Four test slices with the rater's and each method's outline (its first run), into a PNG."""
-    from matplotlib.figure import Figure
     picked = sorted({(2 * k + 1) * len(slices.where) // 8 for k in range(4)})
     images, masks = slices.images[picked], slices.masks[picked]
     columns = {"image": None, "rater": masks}
-    for run in reversed(runs):                           # so that the first run of each stays
+    for run in [run for run in runs if run["seed"] == config.seed]:
         model = "teacher" if "teacher" in run else "student"
         network = UNet(config.width, config.dropout).to(images.device)
         network.load_state_dict(run[model])
@@ -925,10 +939,6 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
 
 # --- 14. Command line ----------------------------------------------------------------------------
 
-CHOICES = {"method": ["both", "supervised", "mean_teacher"], "consistency": ["bce", "mse"],
-           "augmentation": ["delayed", "same"], "rater": ["1", "2", "3", "4", "majority"]}
-
-
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
     differs = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
@@ -938,21 +948,22 @@ def parse(argv):
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="paper, or demo for a CPU [demo without --data, paper with it]")
     for field in dataclasses.fields(Config):
-        value = field.default
-        kind = {"type": type(value)}
+        value, kind = field.default, dict(field.metadata)
         if isinstance(value, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+            kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, tuple):
-            kind = {"nargs": "+", "type": type(value[0]) if value else str}
-        elif field.name in CHOICES:
-            kind = {"choices": CHOICES[field.name]}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} [{value}]", **kind)
+            kind |= {"nargs": "+", "type": type(value[0]) if value else str}
+        else:
+            kind["type"] = type(value)
+        kind["help"] += f" [{value}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
     given = {key: tuple(value) if isinstance(value, list) else value
              for key, value in vars(parser.parse_args(argv)).items()}
     preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     name = Path(config.data).resolve().name if config.data else "phantom"
+    require(len(config.split) == 3, f"--split {config.split}: expected three numbers, as 2 2 3")
+    require(config.crop > 0 and config.crop % 8 == 0, f"--crop {config.crop}: not a multiple of 8")
     return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}")
 
 

@@ -410,6 +410,20 @@ def test_confidence_leaves_out_what_the_teacher_is_unsure_of():
     assert found == pytest.approx([(sure + unsure) / 2, sure, 0.0], abs=1e-6)
 
 
+def test_autocast_does_not_blur_the_warp():
+    # In bfloat16 the sampling grid of a 200 px image would be off by most of a pixel.
+    student = nn.Conv2d(1, 1, 1)
+    teacher = mt.make_teacher(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    images, masks = torch.randn(2, 1, 200, 200), torch.zeros(1, 1, 200, 200)
+    found = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        found.append(mt.train_step(student, teacher, optimizer, images, masks, 0, noise=0.0,
+                                   consistency="mse", amp=amp)["consistency"].item())
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
 @pytest.mark.parametrize("semi", [False, True])
 def test_one_batch_can_be_overfitted(semi):
     torch.manual_seed(0)
@@ -472,6 +486,7 @@ def write_bids(folder, subjects, runs=(1, 2), labelled_runs=(1,), **how):
 
 
 FAST = dict(crop=32, spacing=0.5)
+GRID = np.diag([0.5, 0.5, 5.0, 1.0])
 
 
 def test_every_layout_and_orientation_gives_the_same_slices(tmp_path):
@@ -495,8 +510,9 @@ def test_rows_run_from_the_front_and_columns_from_the_left(tmp_path):
     volume = np.zeros((8, 6, 2), np.float32)
     volume[7, 5, 1] = 1.0                                # rightmost, most anterior, upper slice
     write_nifti(tmp_path / "v.nii.gz", volume, mm=(1, 1, 1), axes="LPI")
-    array, mm = mt.read_volume(tmp_path / "v.nii.gz")
-    slices = mt.to_slices(array, mm, 1.0)
+    array, affine = mt.read_volume(tmp_path / "v.nii.gz")
+    assert np.allclose(np.diag(affine), 1)
+    slices = mt.to_slices(array, (1, 1, 1), 1.0)
     assert slices[1, 0, 0, 7] == 1 and slices.sum() == 1
 
 
@@ -536,25 +552,28 @@ def test_raters_and_majority(tmp_path):
         write_nifti(Path(f"{stem}-mask-r{rater + 1}.nii.gz"), votes[rater])
     scan, = mt.find_scans(tmp_path)
     for rater in range(4):
-        found = mt.read_mask(scan, str(rater + 1), (40, 36, 3))
+        found = mt.read_mask(scan, str(rater + 1), (40, 36, 3), GRID)
         assert np.array_equal(found, votes[rater] == 1)
-    found = mt.read_mask(scan, "majority", (40, 36, 3))
+    found = mt.read_mask(scan, "majority", (40, 36, 3), GRID)
     assert found[20:25, 16:20].all() and found.sum() == 5 * 4 * 3
     Path(f"{stem}-mask-r4.nii.gz").unlink()
     scan, = mt.find_scans(tmp_path)
     with pytest.raises(mt.InputError, match="site1-sc01-image.nii.gz: no mask of rater 4"):
-        mt.read_mask(scan, "4", (40, 36, 3))
+        mt.read_mask(scan, "4", (40, 36, 3), GRID)
 
 
 def test_a_mask_with_other_values_or_another_shape_is_refused(tmp_path):
     write_bids(tmp_path, ["sub-a"], runs=(1,))
     scan, = mt.find_scans(tmp_path)
-    write_nifti(scan.masks[""], np.full((40, 36, 3), 2, np.uint8))      # fine in SCGM, not in BIDS
-    with pytest.raises(mt.InputError, match=r"gmseg.*values \(0, 1\)"):
-        mt.read_mask(scan, "4", (40, 36, 3))
-    write_nifti(scan.masks[""], np.ones((40, 36, 2), np.uint8))
-    with pytest.raises(mt.InputError, match=r"shape \(40, 36, 3\)"):
-        mt.read_mask(scan, "4", (40, 36, 3))
+    write_nifti(scan.masks[mt.ANY], np.full((40, 36, 3), 2, np.uint8))   # fine in SCGM
+    with pytest.raises(mt.InputError, match=r"gmseg.*values.*expected \(0, 1\)"):
+        mt.read_mask(scan, "4", (40, 36, 3), GRID)
+    write_nifti(scan.masks[mt.ANY], np.ones((40, 36, 3), np.uint8), mm=(0.5, 0.6, 5.0))
+    with pytest.raises(mt.InputError, match="not on the grid"):
+        mt.read_mask(scan, "4", (40, 36, 3), GRID)
+    write_nifti(scan.masks[mt.ANY], np.ones((40, 36, 2), np.uint8))
+    with pytest.raises(mt.InputError, match=r"not on the grid of its image, \(40, 36, 3\)"):
+        mt.read_mask(scan, "4", (40, 36, 3), GRID)
 
 
 def test_empty_slices_are_dropped_as_the_paper_counts_them(tmp_path):
@@ -563,7 +582,7 @@ def test_empty_slices_are_dropped_as_the_paper_counts_them(tmp_path):
     volume[:, :, 0], mask[:, :, 1] = 0, 0                # no image; no grey matter
     scan, = mt.find_scans(tmp_path)
     write_nifti(scan.image, volume)
-    write_nifti(scan.masks[""], (mask == 1).astype(np.uint8))
+    write_nifti(scan.masks[mt.ANY], (mask == 1).astype(np.uint8))
     config = dataclasses.replace(mt.Config(), **FAST)
     assert [w[2] for w in mt.read_scan(scan, config, True).where] == [2]
     assert [w[2] for w in mt.read_scan(scan, config, False).where] == [1, 2]
@@ -574,7 +593,7 @@ def test_grey_matter_outside_the_crop_is_reported(tmp_path, capsys):
     scan, = mt.find_scans(tmp_path)
     mask = np.zeros((40, 36, 3), np.uint8)
     mask[18:22, 16:20], mask[0:2, 16:20] = 1, 1          # 8 of 24 columns of it far on the left
-    write_nifti(scan.masks[""], mask)
+    write_nifti(scan.masks[mt.ANY], mask)
     mt.read_scan(scan, dataclasses.replace(mt.Config(), crop=16, spacing=0.5), True)
     warning = capsys.readouterr().out
     assert "warning" in warning and "33%" in warning and "sub-a_run-1" in warning
@@ -612,6 +631,8 @@ def test_subjects_by_name_and_their_further_scans(tmp_path):
     # The other scans of the training person are unlabelled, those of test and validation unused.
     assert found["unlabelled"] == ["sub-aSes1_run-2", "sub-aSes2_run-1", "sub-aSes2_run-2",
                                    "sub-d_run-1", "sub-d_run-2"]
+    with pytest.raises(mt.InputError, match="no subject sub-z to --exclude"):
+        names(exclude=("sub-z",))
     assert names(exclude=("sub-aSes2", "sub-d"))["unlabelled"] == [
         "sub-aSes1_run-2", "sub-c_run-1", "sub-c_run-2"]
     assert "sub-b_run-2" in names(rescans=True)["unlabelled"]
@@ -816,6 +837,8 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "nowhere"], "error: nowhere: no such folder"),
     (["--rater", "5"], "invalid choice: '5'"),
+    (["--crop", "36"], "error: --crop 36: not a multiple of 8"),
+    (["--split", "2", "2"], "error: --split (2, 2): expected three numbers"),
     (["--preset", "best"], "invalid choice: 'best'"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, arguments, message):
@@ -913,7 +936,7 @@ def test_each_piece_works_when_pasted_into_an_empty_file(name):
 def test_importing_does_nothing(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.dont_write_bytecode = True\n"
             "import mean_teacher_seg, torch\n"
-            "assert 'matplotlib' not in sys.modules and torch.initial_seed() == 2026")
+            "assert 'matplotlib.pyplot' not in sys.modules and torch.initial_seed() == 2026")
     done = subprocess.run([sys.executable, "-c", "import torch; torch.manual_seed(2026)\n" + code],
                           cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
