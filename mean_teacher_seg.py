@@ -34,11 +34,14 @@ import collections
 import copy
 import dataclasses
 import datetime
+import gzip
+import io
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -116,12 +119,14 @@ class Config:
     compile: bool = option(False, "torch.compile the networks")
 
 
-# DEMO is the same method for two CPU cores: coarser, narrower, shorter. Both methods take the same
-# steps, and every time constant shrinks with the run (60 / 350 of the paper's epochs): an alpha of
-# 0.999 remembers 1000 steps, and would freeze a teacher that only has 600.
+# DEMO is the same method for two CPU cores: coarser, narrower, shorter; both methods take the same
+# steps. A narrow network needs all of its channels (no dropout) and a higher rate. Time constants
+# shrink with the run: an alpha of 0.999 remembers 1000 steps, and would freeze a teacher that has
+# 1150 in all. Tuned on the phantom's validation subjects, for both methods alike.
 DEMO = dataclasses.replace(
-    Config(), spacing=0.5, crop=64, width=8, dropout=0.0, lr=6e-3, epochs=(60,), lr_ramp=9,
-    consistency_ramp=17, alpha=0.94, alpha_late=0.994, alpha_epochs=9, validate_every=5)
+    Config(), spacing=0.5, crop=64, width=8, dropout=0.0, epochs=(50,), batch=4,
+    unlabelled_batch=4, lr=6e-3, lr_ramp=3, weight_decay=(2e-3,), consistency_ramp=50, alpha=0.95,
+    alpha_late=0.99, alpha_epochs=8, degrees=12.0, validate_every=5)
 
 
 # --- 2. U-Net ------------------------------------------------------------------------------------
@@ -440,19 +445,31 @@ def split_scans(scans, config):
     return sets
 
 
-def read_volume(path):
-    """Read a 3-D NIfTI. -> array (X, Y, Z) float32, axes to the right, anterior, superior; affine.
-
-    InputError if it cannot be read, is not 3-D or holds a NaN or an infinite voxel.
-    """
+def load_nifti(path):
+    """Read a 3-D NIfTI and check it. -> nibabel image in memory, float32; InputError if unfit."""
     try:
-        image = nib.as_closest_canonical(nib.load(path))
+        with nib.imageglobals.ErrorLevel(30):            # no silent repair of voxel sizes <= 0
+            image = nib.load(path)
+        shape, mm = image.shape, image.header.get_zooms()
+        require(isinstance(image, nib.Nifti1Image), f"{path}: is no NIfTI; convert it")
+        require(len(shape) == 3, f"{path}: has {len(shape)} dimensions, expected 3; split it")
+        require(all(0.01 < size < 100 for size in [*mm, *nib.affines.voxel_sizes(image.affine)]),
+                f"{path}: has voxels of {mm} mm, expected 0.01 to 100; correct its header")
+        require(0 < math.prod(shape) < 2 ** 28 and math.prod(shape) * mm[0] * mm[1] < 2 ** 25,
+                f"{path}: {shape} voxels of {mm} mm make no sense here; correct its header")
         volume = image.get_fdata(dtype=np.float32)
+        require(np.isfinite(volume).all(), f"{path}: has NaN or infinite voxels; mend them")
+        return nib.Nifti1Image(volume, image.affine, image.header)
+    except InputError:
+        raise
     except Exception as error:                           # nibabel's readers raise a dozen kinds
         raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch it again") from error
-    require(volume.ndim == 3, f"{path}: has {volume.ndim} dimensions, expected 3; split it first")
-    require(np.isfinite(volume).all(), f"{path}: has NaN or infinite voxels; mend or exclude it")
-    return volume, image.affine
+
+
+def canonical(image):
+    """Voxels with axes to the right, anterior, superior. -> array (X, Y, Z), affine."""
+    image = nib.as_closest_canonical(image)
+    return image.get_fdata(dtype=np.float32), image.affine
 
 
 def read_mask(scan, rater, shape, affine):
@@ -464,7 +481,7 @@ def read_mask(scan, rater, shape, affine):
     votes = []
     for key in raters:
         require(key in scan.masks, f"{scan.image}: no mask of rater {key}; choose another --rater")
-        mask, mask_affine = read_volume(scan.masks[key])
+        mask, mask_affine = canonical(load_nifti(scan.masks[key]))
         require(mask.shape == shape and np.allclose(mask_affine, affine, atol=1e-3),
                 f"{scan.masks[key]}: is not on the grid of its image, {shape}; resample it")
         values = (0, 1) if key == ANY else (0, 1, 2)     # 1 is grey matter, 2 white matter
@@ -486,10 +503,13 @@ def to_slices(volume, voxel_mm, spacing):
     return F.interpolate(slices, size=size, mode="bilinear", antialias=True)
 
 
-def center_crop(slices, size):
-    """Crop (N, 1, H, W) around its centre to (N, 1, size, size); 0 where the image is smaller."""
-    top, left = (slices.shape[2] - size) // 2, (slices.shape[3] - size) // 2
-    bottom, right = slices.shape[2] - size - top, slices.shape[3] - size - left
+def center_crop(slices, height, width):
+    """Crop (N, 1, H, W) around its centre, or pad it with 0, to (N, 1, height, width).
+
+    Cropping back to H x W undoes a pad, and puts a crop back in its place.
+    """
+    top, left = int((slices.shape[2] - height) / 2), int((slices.shape[3] - width) / 2)
+    bottom, right = slices.shape[2] - height - top, slices.shape[3] - width - left
     return F.pad(slices, (-left, -right, -top, -bottom))  # a negative pad crops
 
 
@@ -504,15 +524,15 @@ def read_scan(scan, config, labelled):
 
     Slices without any contrast are dropped and, if labelled, those without grey matter.
     """
-    volume, affine = read_volume(scan.image)
+    volume, affine = canonical(load_nifti(scan.image))
     voxel_mm = nib.affines.voxel_sizes(affine)
-    images = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop)
+    images = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop, config.crop)
     masks = images[:0]
     keep = images.flatten(1).std(1) > 0
     if labelled:
         mask = read_mask(scan, config.rater, volume.shape, affine)
         whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
-        masks = center_crop(whole, config.crop)
+        masks = center_crop(whole, config.crop, config.crop)
         lost = 1 - (masks.sum() / whole.sum().clamp(min=1)).item()
         if lost > 0.01 and whole.any():
             print(f"warning: {scan.image}: {lost:.0%} of its grey matter is outside the centre "
@@ -528,16 +548,20 @@ def load_data(config, device="cpu"):
     folder = Path(config.data or phantom_folder())
     if not config.data and not folder.exists():
         write_phantom(folder)
-    data = {}
+    data, faults = {}, []
     for name, scans in split_scans(find_scans(folder), config).items():
-        blank = torch.zeros(0, 1, config.crop, config.crop)
-        parts = [Slices(blank, blank, [])]
-        parts += [read_scan(scan, config, name != "unlabelled") for scan in scans]
+        parts = [Slices(*torch.zeros(2, 0, 1, config.crop, config.crop), [])]
+        for scan in scans:
+            try:
+                parts.append(read_scan(scan, config, name != "unlabelled"))
+            except InputError as error:
+                faults.append(str(error))                # to report all of them at once
         images, masks, where = zip(*parts)
         data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device),
                             sum(where, []))
         print(f"{name:>10}: {len(data[name].images):4d} slices of {len(scans):2d} scans"
               + (f": {' '.join(scan.name for scan in scans)}" if config.train else ""))
+    require(not faults, "; ".join(faults))
     require(len(data["train"].images) and len(data["test"].images),
             f"{folder}: no grey matter in any training or any test slice; check --crop")
     return data
@@ -583,17 +607,19 @@ def evaluate(model, slices, threshold=0.5):
 # --- 9. The training loop ------------------------------------------------------------------------
 
 def save(path, content):
-    """Write text or, with torch.save, a dict: whole or not at all, as a rename is atomic."""
+    """Write text, bytes or, as a checkpoint, a dict: whole or not at all. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")     # a leftover is overwritten next time
+    content = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            torch.save(content, file) if isinstance(content, dict) else file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_csv(path, rows):
@@ -601,13 +627,44 @@ def save_csv(path, rows):
     save(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
-def train(config, method, seed, data):
-    """Train one network (and its teacher) from scratch; evaluate the last epoch on the test set.
+def load_checkpoint(path):
+    """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Config(**state["config"]), state["history"], state["student"]
+        return state
+    except Exception as error:                           # unpickling raises almost anything
+        raise InputError(f"{path}: is no checkpoint of this program ({type(error).__name__}); "
+                         "name another, or delete it to train anew") from error
 
-    method: supervised or mean_teacher; data: from load_data, on the device. Writes METHOD-seedS.pt
-    and .csv into config.out. -> dict: history (a dict per epoch), metrics[model][metric] (a list
-    over the test slices), and the state_dicts student and teacher.
+
+def load_network(state, name, path="checkpoint"):
+    network = UNet(state["config"]["width"], state["config"]["dropout"])
+    try:
+        network.load_state_dict(state[name])
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights do not fit its width; name another") from error
+    return network.eval()
+
+
+def identity(config):
+    """What a result depends on: the settings less those that only say which runs and where."""
+    return {key: value for key, value in json.loads(json.dumps(vars(config))).items()
+            if key not in ("out", "method", "runs", "seed", "device")}
+
+
+INTERRUPTED = []                                         # see main()
+
+
+def train(config, method, seed, data):
+    """Train one network (and its teacher); evaluate the last epoch on the test set.
+
+    method: supervised or mean_teacher; data: from load_data, on the device. Saves METHOD-seedS.pt
+    and .csv into config.out, and goes on from there if they exist; on a CPU an interrupted run
+    ends bit for bit as any other. -> dict: history (a dict per epoch), metrics[model][metric] (a
+    list over the test slices), and the state_dicts student and teacher.
     """
+    path = Path(config.out, f"{method}-seed{seed}.pt")
     labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
     semi = method == "mean_teacher"
     epochs, weight_decay = config.epochs[-1 if semi else 0], config.weight_decay[-1 if semi else 0]
@@ -633,8 +690,23 @@ def train(config, method, seed, data):
         print("the paper preset takes days on a CPU; --preset demo takes minutes")
     print("   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher  steps/s"
           "  time left")
-    history, start = [], time.perf_counter()
-    for epoch in range(1, epochs + 1):
+    history, parts = [], {**models, "optimizer": optimizer}
+    generators = [torch, getattr(torch, device.type)] if device.type != "cpu" else [torch]
+    if path.exists():
+        state = load_checkpoint(path)
+        require(identity(Config(**state["config"])) == identity(config),
+                f"{path}: is of a run with other settings; choose another --out, or --overwrite")
+        history = state["history"]
+        if "metrics" in state:
+            print(f"finished before, see {path}")
+            return state
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for generator, value in zip(generators, state["random"]):
+            generator.set_rng_state(value)
+    start = time.perf_counter()
+    first = len(history) + 1
+    for epoch in range(first, epochs + 1):
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -662,18 +734,23 @@ def train(config, method, seed, data):
             for name, model in models.items() if len(data["val"].images) else ():
                 dices = evaluate(model, data["val"], config.threshold)["dice"]
                 row[f"val_{name}"] = sum(dices) / len(dices)
-            speed = epoch * steps / (time.perf_counter() - start)
+            speed = (epoch - first + 1) * steps / (time.perf_counter() - start)
             left = datetime.timedelta(seconds=round((epochs - epoch) * steps / speed))
             print(f"{epoch:4d}/{epochs:<4d}{dice:10.4f}{consistency:13.4f}{weight:8.2f}{lr:10.1e}"
                   f"{row['val_student']:18.2f}{row['val_teacher']:9.2f}{speed:9.1f}{left!s:>11}"
                   .replace("nan", "  -"), flush=True)
         history.append(row)
-    state = {"config": dataclasses.asdict(config), "method": method, "seed": seed,
-             "history": history, **{name: model.state_dict() for name, model in models.items()},
-             "metrics": {name: evaluate(model, data["test"], config.threshold)
-                         for name, model in models.items()}}
-    save_csv(Path(config.out) / f"{method}-seed{seed}.csv", history)
-    save(Path(config.out) / f"{method}-seed{seed}.pt", state)
+        if epoch % config.validate_every == 0 or epoch == epochs or INTERRUPTED:
+            state = {"config": vars(config), "method": method, "seed": seed, "history": history,
+                     "random": [generator.get_rng_state() for generator in generators],
+                     **{name: part.state_dict() for name, part in parts.items()}}
+            if epoch == epochs:
+                state["metrics"] = {name: evaluate(model, data["test"], config.threshold)
+                                    for name, model in models.items()}
+            save(path, state)
+            save_csv(path.with_suffix(".csv"), history)
+        if INTERRUPTED:
+            raise KeyboardInterrupt
     return state
 
 
@@ -690,20 +767,56 @@ PAPER = {"paper: supervised": [(67.915, 0.313), (53.679, 0.327), (99.745, 0.005)
                                     (64.732, 0.773), (86.112, 0.936), (99.846, 0.006)]}
 
 
-def experiment(config):
+def experiment(config, overwrite=False):
     """Train every method with every seed, evaluate, report. -> dict: scores, difference, table.
 
     scores[row][metric]: a list over seeds of the mean over test slices, percent; difference: the
     teacher's Dice minus the supervised network's, mean and standard error over seeds, or None.
+    Under torchrun the runs are dealt out, and the first process reports; the others return None.
+    InputError if config.out holds runs of another configuration, unless to be overwritten.
     """
-    out = Path(config.out)
-    save(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    auto = ("cuda" if torch.cuda.is_available() else
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    data = load_data(config, auto if config.device == "auto" else config.device)
+    out, rank = Path(config.out), int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     methods = ("supervised", "mean_teacher") if config.method == "both" else (config.method,)
-    runs = [train(config, method, seed, data)
-            for seed in range(config.seed, config.seed + config.runs) for method in methods]
+    jobs = [(method, seed) for seed in range(config.seed, config.seed + config.runs)
+            for method in methods]
+    if rank == 0 and (out / "config.json").exists():
+        try:
+            before, now = json.loads((out / "config.json").read_text()), identity(config)
+        except ValueError as error:
+            raise InputError(f"{out}/config.json: is damaged; delete it") from error
+        differs = [f"{key} {before.get(key)} -> {now[key]}" for key in now
+                   if before.get(key) != now[key]]
+        require(overwrite or not differs, f"{out}: holds runs with other settings: "
+                f"{', '.join(differs)}; choose another --out, or --overwrite")
+        for path in out.glob("*-seed*.*") if overwrite else ():
+            path.unlink()
+    data = load_data(config, pick_device(config.device))
+    if rank == 0:
+        save(out / "config.json", json.dumps(identity(config), indent=1))
+    # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        torch.distributed.barrier()                      # the folder is claimed
+    for method, seed in jobs[rank::world]:
+        try:
+            train(config, method, seed, data)
+        except Exception as error:                       # keep the other runs
+            if world == 1:
+                raise
+            print(f"error: {method}, seed {seed} on rank {rank}: {error}", file=sys.stderr)
+    if world > 1:
+        torch.distributed.barrier()                      # all runs have ended
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return None
+    runs = []
+    for method, seed in jobs:
+        path = out / f"{method}-seed{seed}.pt"
+        run = load_checkpoint(path) if path.exists() else {}
+        require("metrics" in run, f"{path}: {method}, seed {seed} has not finished; the same "
+                                  "command again goes on")
+        runs.append(run)
     scores, rows = {}, []
     for run in runs:
         for model, metrics in run["metrics"].items():
@@ -720,6 +833,15 @@ def experiment(config):
     draw_examples(config, runs, data["test"], out / "examples.png")
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
+
+
+def pick_device(name="auto"):
+    try:
+        automatic = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else
+                     "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.zeros(1, device=automatic if name == "auto" else name).device
+    except Exception as error:
+        raise InputError(f"--device {name}: not to be had here ({error}); try cpu") from error
 
 
 def make_table(scores, paper=False):
@@ -742,6 +864,12 @@ def make_table(scores, paper=False):
     return table, (float(pairs.mean()), error)
 
 
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
 def draw_curves(runs, path):
     """Losses and validation Dice against the training step, one line a run, into a PNG."""
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -758,7 +886,7 @@ def draw_curves(runs, path):
                           label=label if run["seed"] == runs[0]["seed"] else None)
                 axis.legend()
         axis.set(title=title, xlabel="training step")
-    figure.savefig(path, dpi=110)
+    save(path, png(figure))
 
 
 def draw_examples(config, runs, slices, path):
@@ -768,15 +896,14 @@ def draw_examples(config, runs, slices, path):
     columns = {"image": None, "rater": masks}
     for run in [run for run in runs if run["seed"] == config.seed]:
         model = "teacher" if "teacher" in run else "student"
-        network = UNet(config.width, config.dropout).to(images.device)
-        network.load_state_dict(run[model])
+        network = load_network(run, model).to(images.device)
         columns[LABELS[run["method"], model]] = predict_probabilities(network, images)
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
     side = min(config.crop, round(24 / config.spacing))  # the middle 24 mm
     for row, column in np.ndindex(axes.shape):
         axis, (title, values) = axes[row, column], list(columns.items())[column]
-        axis.imshow(center_crop(images, side)[row, 0].cpu().numpy(), cmap="gray")
+        axis.imshow(center_crop(images, side, side)[row, 0].cpu().numpy(), cmap="gray")
         axis.set(xticks=[], yticks=[], title=title)
         if values is None:
             axis.set_xlabel("{1}, slice {2}".format(*slices.where[picked[row]]))
@@ -784,9 +911,76 @@ def draw_examples(config, runs, slices, path):
             level = 0.5 if title == "rater" else config.threshold
             dice = segmentation_metrics(values > level, masks)["dice"][row]
             axis.set_xlabel(f"Dice {dice:.1f} %")
-            axis.contour(center_crop(values, side)[row, 0].cpu().numpy(), [level],
+            axis.contour(center_crop(values, side, side)[row, 0].cpu().numpy(), [level],
                          colors=COLORS[title])
-    figure.savefig(path, dpi=110)
+    save(path, png(figure))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+# --- 11. Predict ---------------------------------------------------------------------------------
+
+def predict_volume(image, network, config, name="image"):
+    """Probability of grey matter for every voxel of a nibabel image, on the image's own grid.
+
+    network: as trained with config, whose spacing and crop are used -> array of image.shape,
+    float32 in [0, 1]; 0 outside the crop. Warns if grey matter meets the crop's border.
+    """
+    volume, affine = canonical(image)
+    sampled = to_slices(volume, nib.affines.voxel_sizes(affine), config.spacing)
+    slices = center_crop(sampled, config.crop, config.crop)
+    device = next(network.parameters()).device
+    found = predict_probabilities(network, normalise(slices).to(device)).cpu()
+    found *= (slices.flatten(1).std(1) > 0).view(-1, 1, 1, 1)           # nothing in empty slices
+    border = F.pad(torch.zeros(config.crop - 2, config.crop - 2), (1, 1, 1, 1), value=1).bool()
+    if (found[..., border] > config.threshold).any():
+        print(f"warning: {name}: grey matter meets the border of the crop, {config.crop} px at "
+              f"{config.spacing} mm, and may go on outside; crop the image around the cord")
+    found = center_crop(found, *sampled.shape[2:])                      # undoes the crop
+    found = F.interpolate(found, size=volume.shape[1::-1], mode="bilinear", antialias=True)
+    found = found.squeeze(1).flip(1).permute(2, 1, 0).numpy()           # (X, Y, Z), RAS
+    stored = nib.orientations.io_orientation(image.affine)
+    turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), stored)
+    return nib.orientations.apply_orientation(found, turn).astype(np.float32)
+
+
+def predict(argv):
+    """The command line of `predict`: one volume, or every one in a folder. -> list of outputs."""
+    parser = Parser(prog="mean_teacher_seg.py predict", description=predict_volume.__doc__)
+    parser.add_argument("image", type=Path, help="a NIfTI volume, or a folder of them")
+    parser.add_argument("--checkpoint", type=Path, required=True,
+                        help="a .pt file of a run; the teacher in it, if there is one, is used")
+    parser.add_argument("--output", type=Path, required=True,
+                        help="the mask to write, .nii or .nii.gz, or a folder of them")
+    parser.add_argument("--probabilities", action="store_true", help="float32, not a mask")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    given = parser.parse_args(argv)
+    state = load_checkpoint(given.checkpoint)
+    config = Config(**state["config"])
+    network = load_network(state, "teacher" if "teacher" in state else "student",
+                           given.checkpoint).to(pick_device())
+    images = sorted(given.image.glob("*.nii*")) if given.image.is_dir() else [given.image]
+    folder = given.image.is_dir()
+    outputs = [given.output / path.name if folder else given.output for path in images]
+    require(images, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
+    for path, output in zip(images, outputs):
+        require(output.name.endswith((".nii", ".nii.gz")), f"{output}: end it in .nii or .nii.gz")
+        require(given.overwrite or not output.exists(), f"{output}: is there; see --overwrite")
+        require(not output.exists() or not output.samefile(path), f"{output}: is the image itself")
+    for path, output in zip(images, outputs):
+        image = load_nifti(path)
+        found = predict_volume(image, network, config, path)
+        found = found if given.probabilities else (found > config.threshold).astype(np.uint8)
+        header = image.header.copy()                     # the image's geometry, codes and units
+        header.set_data_dtype(found.dtype)
+        header["cal_min"] = header["cal_max"] = 0
+        content = nib.Nifti1Image(found, image.affine, header).to_bytes()
+        save(output, gzip.compress(content, mtime=0) if output.suffix == ".gz" else content)
+        print(f"{output}: {(found > config.threshold).sum()} voxels of grey matter")
+    return outputs
 
 
 # --- 13. The phantom -----------------------------------------------------------------------------
@@ -942,7 +1136,7 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
     differs = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Mean-teacher semi-supervised segmentation (Perone & Cohen-Adad 2018).",
         epilog=f"[Defaults] are those of --preset paper; --preset demo differs in {differs}.")
     parser.add_argument("--preset", choices=["paper", "demo"],
@@ -957,23 +1151,53 @@ def parse(argv):
             kind["type"] = type(value)
         kind["help"] += f" [{value}]"
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
+    parser.add_argument("--overwrite", action="store_true", help="delete other runs in --out")
     given = {key: tuple(value) if isinstance(value, list) else value
              for key, value in vars(parser.parse_args(argv)).items()}
+    overwrite = given.pop("overwrite")
     preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     name = Path(config.data).resolve().name if config.data else "phantom"
     require(len(config.split) == 3, f"--split {config.split}: expected three numbers, as 2 2 3")
-    require(config.crop > 0 and config.crop % 8 == 0, f"--crop {config.crop}: not a multiple of 8")
-    return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}")
+    require(config.crop % 8 == 0, f"--crop {config.crop}: is not a multiple of 8")
+    positive = "runs spacing crop width epochs batch lr validate_every".split()
+    fractions = "dropout alpha alpha_late confidence threshold".split()
+    for key, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, (int, float)):
+                fine = 0 <= number <= (1 if key in fractions else 1e9)       # false for a NaN
+                require(fine and (number > 0 or key not in positive),
+                        f"--{key.replace('_', '-')} {number}: makes no sense; see --help")
+    return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}"), overwrite
+
+
+def interrupt(*_):
+    """On Ctrl-C or SIGTERM: stop when the epoch has ended; the second time, at once."""
+    print("interrupted: stops when this epoch is saved; again to stop at once", flush=True)
+    if INTERRUPTED:
+        raise KeyboardInterrupt
+    INTERRUPTED.append(True)
 
 
 def main(argv=None):
-    """Run a command line (default: the program's own). -> what experiment() returns."""
+    """Run a command line (default: the program's own). -> what experiment() or predict() returns.
+
+    SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
+    """
+    argv, signals = sys.argv[1:] if argv is None else argv, (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupt) for number in signals]
     try:
-        return experiment(parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return predict(argv[1:]) if argv[:1] == ["predict"] else experiment(*parse(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on")
+        raise SystemExit(130) from None
+    finally:
+        INTERRUPTED.clear()
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ a closed form, a NumPy loop, or a property that the mathematics demands.
 import ast
 import csv
 import dataclasses
+import gzip
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -502,7 +507,7 @@ def test_every_layout_and_orientation_gives_the_same_slices(tmp_path):
         assert torch.equal(part.images, results[0].images)
         assert torch.equal(part.masks, results[0].masks)
     # By hand: 40 x 0.4 mm = 16 mm across, 36 x 0.6 = 21.6 mm in front: 32 x 43 px of 0.5 mm.
-    volume, _ = mt.read_volume(tmp_path / "LPS/training/site1-sc01-image.nii.gz")
+    volume, _ = mt.canonical(mt.load_nifti(tmp_path / "LPS/training/site1-sc01-image.nii.gz"))
     assert mt.to_slices(volume, mm, 0.5).shape == (3, 1, 43, 32)
 
 
@@ -510,7 +515,7 @@ def test_rows_run_from_the_front_and_columns_from_the_left(tmp_path):
     volume = np.zeros((8, 6, 2), np.float32)
     volume[7, 5, 1] = 1.0                                # rightmost, most anterior, upper slice
     write_nifti(tmp_path / "v.nii.gz", volume, mm=(1, 1, 1), axes="LPI")
-    array, affine = mt.read_volume(tmp_path / "v.nii.gz")
+    array, affine = mt.canonical(mt.load_nifti(tmp_path / "v.nii.gz"))
     assert np.allclose(np.diag(affine), 1)
     slices = mt.to_slices(array, (1, 1, 1), 1.0)
     assert slices[1, 0, 0, 7] == 1 and slices.sum() == 1
@@ -528,8 +533,8 @@ def test_resampling_keeps_a_linear_ramp_and_the_mean():
 
 def test_crop_keeps_the_centre_and_pads_what_is_small():
     x = torch.arange(36.0).view(1, 1, 6, 6)
-    assert torch.equal(mt.center_crop(x, 2)[0, 0], x[0, 0, 2:4, 2:4])
-    padded = mt.center_crop(x, 8)
+    assert torch.equal(mt.center_crop(x, 2, 2)[0, 0], x[0, 0, 2:4, 2:4])
+    padded = mt.center_crop(x, 8, 8)
     assert torch.equal(padded[0, 0, 1:7, 1:7], x[0, 0]) and padded.sum() == x.sum()
 
 
@@ -768,8 +773,8 @@ def test_the_command_line_end_to_end(phantom, tmp_path):
 
 def test_runs_with_one_seed_are_equal_and_with_another_are_not(phantom, tmp_path):
     data = mt.load_data(small(phantom))
-    config = small(phantom, tmp_path)
-    results = [mt.train(config, "mean_teacher", seed, data) for seed in (3, 3, 4)]
+    results = [mt.train(small(phantom, tmp_path / str(k)), "mean_teacher", seed, data)
+               for k, seed in enumerate((3, 3, 4))]
     weights = [torch.cat([v.flatten() for v in r["teacher"].values()]) for r in results]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert results[0]["metrics"] == results[1]["metrics"]
@@ -810,13 +815,13 @@ def test_table_and_paired_difference_by_hand():
 
 
 def test_every_field_is_an_option_and_help_explains_it():
-    config = mt.parse(["--data", "d", "--epochs", "7", "--weight-decay", "1e-3", "2e-3",
+    config, overwrite = mt.parse(["--data", "d", "--epochs", "7", "--weight-decay", "1e-3", "2e-3",
                        "--no-amp", "--train", "a", "b", "--rater", "majority"])
-    assert config == dataclasses.replace(
+    assert not overwrite and config == dataclasses.replace(
         mt.Config(), data="d", epochs=(7,), weight_decay=(1e-3, 2e-3), amp=False,
         train=("a", "b"), rater="majority", out="runs/paper-d")
-    assert mt.parse([]) == dataclasses.replace(mt.DEMO, out="runs/demo-phantom")
-    assert mt.parse(["--preset", "paper"]).width == 64
+    assert mt.parse([])[0] == dataclasses.replace(mt.DEMO, out="runs/demo-phantom")
+    assert mt.parse(["--preset", "paper"])[0].width == 64
     text = run("--help", cwd=HERE).stdout
     for field in dataclasses.fields(mt.Config):
         assert f"--{field.name.replace('_', '-')} " in text
@@ -834,16 +839,437 @@ def test_the_defaults_are_the_papers():
     assert len(set(mt.DEMO.epochs)) == 1                 # the demo: equal steps for both methods
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "nowhere"], "error: nowhere: no such folder"),
-    (["--rater", "5"], "invalid choice: '5'"),
-    (["--crop", "36"], "error: --crop 36: not a multiple of 8"),
-    (["--split", "2", "2"], "error: --split (2, 2): expected three numbers"),
-    (["--preset", "best"], "invalid choice: 'best'"),
-])
-def test_bad_input_ends_with_one_line_and_status_2(tmp_path, arguments, message):
-    done = run(*arguments, cwd=tmp_path, code=2)
-    assert message in done.stderr and "Traceback" not in done.stderr
+# --- Resume --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def little(tmp_path_factory):
+    """Two people at one site and one unlabelled: the smallest study that trains. -> arguments."""
+    folder = tmp_path_factory.mktemp("little")
+    write_scgm(folder, people=(1, 2, 11))
+    return ["--data", str(folder), "--preset", "demo", "--split", "1", "0", "1", "--crop", "16",
+            "--width", "2", "--batch", "2"]
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return state["metrics"], state["history"], {k: v for name in ("student", "teacher")
+                                                for k, v in state.get(name, {}).items()}
+
+
+def assert_same_run(one, other):
+    (metrics, history, parts), (metrics_2, history_2, parts_2) = weights(one), weights(other)
+    assert metrics == metrics_2 and json.dumps(history) == json.dumps(history_2)
+    assert set(parts) == set(parts_2) and all(torch.equal(parts[k], parts_2[k]) for k in parts)
+
+
+def start(arguments, cwd):
+    return subprocess.Popen([sys.executable, "-u", SCRIPT, *map(str, arguments)], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_an_epoch(process):
+    return any(re.match(r" *\d+/\d+ ", line) for line in process.stdout)
+
+
+def test_ten_kills_at_random_moments_leave_no_trace(little, tmp_path):
+    options = [*little, "--method", "mean_teacher", "--epochs", 200, "--validate-every", 1]
+    mt.main([*map(str, options), "--out", str(tmp_path / "whole")])
+    rng, kills = np.random.default_rng(), 0              # other moments in every run of the tests
+    while kills < 10:
+        process = start([*options, "--out", "killed"], tmp_path)
+        if wait_for_an_epoch(process):
+            time.sleep(rng.uniform(0, 0.15))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if (tmp_path / "killed/metrics.csv").exists():
+            break
+    assert kills >= 5
+    mt.main([*map(str, options), "--out", str(tmp_path / "killed")])
+    name = "mean_teacher-seed0.pt"
+    assert_same_run(tmp_path / "whole" / name, tmp_path / "killed" / name)
+    for file in ("metrics.csv", "table.md", "mean_teacher-seed0.csv"):
+        assert (tmp_path / "whole" / file).read_text() == (tmp_path / "killed" / file).read_text()
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {
+        p.name for p in (tmp_path / "whole").iterdir()}  # no temporary file is left
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_goes_on_and_is_not_done_twice(little, tmp_path, number,
+                                                                  capsys):
+    options = [*little, "--method", "supervised", "--epochs", 60, "--validate-every", 50]
+    process = start([*options, "--out", "cut"], tmp_path)
+    assert wait_for_an_epoch(process)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in text and "goes on" in text
+    state = torch.load(tmp_path / "cut/supervised-seed0.pt", weights_only=True)
+    assert 0 < len(state["history"]) < 60 and "metrics" not in state
+    for out in ("cut", "whole"):
+        mt.main([*map(str, options), "--out", str(tmp_path / out)])
+    assert_same_run(*(tmp_path / name / "supervised-seed0.pt" for name in ("cut", "whole")))
+    before = (tmp_path / "cut/supervised-seed0.pt").stat().st_mtime_ns
+    mt.main([*map(str, options), "--out", str(tmp_path / "cut")])
+    assert "finished before" in capsys.readouterr().out
+    assert (tmp_path / "cut/supervised-seed0.pt").stat().st_mtime_ns == before
+
+
+def test_more_runs_join_and_other_settings_are_refused(little, tmp_path, capsys):
+    options = [*little, "--epochs", "1", "--method", "supervised", "--out", str(tmp_path / "out")]
+    mt.main(options)
+    assert len(mt.main([*options, "--runs", "2"])["scores"]["supervised"]["dice"]) == 2
+    files = snapshot(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        mt.main([*options, "--lr", "0.5", "--noise", "0.2"])
+    error = capsys.readouterr().err
+    assert "lr 0.006 -> 0.5" in error.replace("0.012", "0.006") and "noise 0.1 -> 0.2" in error
+    assert snapshot(tmp_path) == files
+    mt.main([*options, "--lr", "0.5", "--overwrite"])
+    assert not (tmp_path / "out/supervised-seed1.pt").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(little, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.pt"
+    mt.save(path, {"good": torch.ones(3)})
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        mt.save(path, {"good": torch.zeros(3)})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    with pytest.raises(SystemExit) as stop:
+        mt.main([*little, "--epochs", "1", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+
+
+def test_torchrun_deals_out_the_runs_and_reports_as_one_process_does(little, tmp_path):
+    options = [*little, "--epochs", "2", "--runs", "2"]
+    one = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    for out, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node",
+                                              "2", "--master-port", "29512"])):
+        done = subprocess.run([sys.executable, *launch, str(SCRIPT), *options, "--out", out],
+                              cwd=tmp_path, env=one, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "one/table.md").read_text() == (tmp_path / "two/table.md").read_text()
+    assert (tmp_path / "one/metrics.csv").read_text() == (tmp_path / "two/metrics.csv").read_text()
+
+
+def test_a_failing_rank_names_its_run_and_keeps_the_others(little, tmp_path):
+    options = [*little, "--epochs", "1", "--method", "supervised"]
+    run(*options, "--out", "out", cwd=tmp_path)
+    (tmp_path / "out/supervised-seed1.pt").write_bytes(b"broken")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         "29513", str(SCRIPT), *options, "--out", "out", "--runs", "3"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "error: supervised, seed 1 on rank 1" in done.stderr
+    assert "metrics" in torch.load(tmp_path / "out/supervised-seed2.pt", weights_only=True)
+
+
+# --- 11. Predict ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def checkpoint(little, tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    mt.main([*little, "--epochs", "40", "--out", str(out)])
+    return out / "mean_teacher-seed0.pt"
+
+
+def predicted(image, checkpoint, output, *more):
+    mt.main(["predict", str(image), "--checkpoint", str(checkpoint), "--output", str(output),
+             *more])
+    return nib.load(output)
+
+
+def test_predict_does_not_care_how_a_scan_is_stored(checkpoint, tmp_path):
+    found = []
+    for axes in ("RAS", "LPS", "SRA", "PIL"):
+        write_nifti(tmp_path / f"{axes}.nii.gz", cord(7)[0], mm=(0.4, 0.6, 4.0), axes=axes)
+        mask = predicted(tmp_path / f"{axes}.nii.gz", checkpoint, tmp_path / f"m-{axes}.nii.gz")
+        image = nib.load(tmp_path / f"{axes}.nii.gz")
+        assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
+        assert np.allclose(mask.affine, image.affine, atol=1e-6)
+        found.append(np.asanyarray(nib.as_closest_canonical(mask).dataobj))
+    assert 0 < found[0].mean() < 1
+    for other in found[1:]:
+        assert np.array_equal(found[0], other)
+
+
+def test_predict_keeps_grid_codes_and_units_and_finds_the_place(tmp_path):
+    class Bright(nn.Module):                             # knows grey matter by its brightness
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return 20 * (x - 1.5)
+
+    volume = np.zeros((41, 60, 3), np.float32)
+    volume[18:25, 30:33, 1] = 100.0
+    image = nib.Nifti1Image(volume, np.array([[-0.7, 0.05, 0, 9], [0.05, 0.7, 0, 5],
+                                              [0, 0, 3, 1], [0, 0, 0, 1.0]]))
+    image.set_qform(image.affine, 1)
+    image.set_sform(image.affine, 4)
+    image.header.set_xyzt_units("mm", "sec")
+    config = dataclasses.replace(mt.DEMO, spacing=0.35, crop=64)
+    found = mt.predict_volume(image, Bright(), config)
+    assert found.shape == volume.shape and found.dtype == np.float32
+    assert ((found > 0.5) == (volume > 50)).all()        # twice as fine and back: the same voxels
+    nib.save(image, tmp_path / "i.nii.gz")
+    loaded = mt.load_nifti(tmp_path / "i.nii.gz")
+    assert loaded.header["sform_code"] == 4 and loaded.header["qform_code"] == 1
+
+
+def test_predict_on_voxels_of_0_7_mm_and_its_header(checkpoint, tmp_path):
+    volume = cord(3)[0]
+    image = nib.Nifti1Image((volume * 10).astype(np.int16), np.diag([-0.7, 0.7, 4, 1]))
+    image.set_qform(image.affine, 1)
+    image.set_sform(image.affine, 4)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "i.nii.gz")
+    mask = predicted(tmp_path / "i.nii.gz", checkpoint, tmp_path / "m.nii.gz")
+    assert mask.shape == volume.shape and np.abs(mask.affine - image.affine).max() < 1e-6
+    assert mask.header.get_zooms() == image.header.get_zooms()
+    assert (mask.header["sform_code"], mask.header["qform_code"]) == (4, 1)
+    assert mask.header.get_xyzt_units() == ("mm", "sec")
+    assert set(np.unique(mask.dataobj)) <= {0, 1} and mask.get_data_dtype() == np.uint8
+    maps = predicted(tmp_path / "i.nii.gz", checkpoint, tmp_path / "p.nii", "--probabilities")
+    values = maps.get_fdata()
+    assert maps.get_data_dtype() == np.float32 and 0 <= values.min() < values.max() <= 1
+    assert np.array_equal(values > 0.5, np.asanyarray(mask.dataobj) > 0)
+
+
+def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_path, capsys):
+    for name in ("a", "b"):
+        write_nifti(tmp_path / f"in/{name}.nii.gz", cord(1)[0])
+    arguments = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint),
+                 "--output", str(tmp_path / "out")]
+    assert mt.main(arguments) == [tmp_path / "out/a.nii.gz", tmp_path / "out/b.nii.gz"]
+    files = snapshot(tmp_path)
+    with pytest.raises(SystemExit):
+        mt.main(arguments)
+    assert "--overwrite" in capsys.readouterr().err and snapshot(tmp_path) == files
+    mt.main([*arguments, "--overwrite"])
+    assert snapshot(tmp_path) == files                   # the same scan, the same bytes
+
+
+def test_predict_warns_when_the_crop_may_have_cut_something(capsys):
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return 0 * x + 9.0
+
+    image = nib.Nifti1Image(cord(1)[0], np.diag([0.5, 0.5, 5, 1]))
+    config = dataclasses.replace(mt.DEMO, crop=16)
+    found = mt.predict_volume(image, Everything(), config, "scan-x")
+    assert "warning: scan-x" in capsys.readouterr().out
+    assert (found[12:28, 10:26] > 0.5).all() and found[:11].max() == 0   # 16 px in the middle
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+def snapshot(folder):
+    return {p: (p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*"))}
+
+
+def stem(folder, number=1):
+    return f"{folder}/data/training/site1-sc{number:02d}"
+
+
+def rewrite(path, change, of="mask-r4"):
+    """Read site1-sc01's file, change voxels or affine, write it back."""
+    name = f"{stem(path)}-{of}.nii.gz"
+    image = nib.load(name)
+    nib.save(change(np.asarray(image.dataobj).copy(), image.affine, image.header), name)
+
+
+def image_with(change):
+    return lambda folder: rewrite(folder, change, of="image")
+
+
+def mask_with(change):
+    return lambda folder: rewrite(folder, change)
+
+
+def zero_voxel(folder):
+    raw = bytearray(gzip.decompress(Path(f"{stem(folder)}-image.nii.gz").read_bytes()))
+    raw[80:84] = np.float32(0).tobytes()                 # pixdim[1]
+    Path(f"{stem(folder)}-image.nii.gz").write_bytes(gzip.compress(bytes(raw)))
+
+
+def negative_voxel(folder):
+    raw = bytearray(gzip.decompress(Path(f"{stem(folder)}-image.nii.gz").read_bytes()))
+    raw[84:88] = np.float32(-0.5).tobytes()
+    Path(f"{stem(folder)}-image.nii.gz").write_bytes(gzip.compress(bytes(raw)))
+
+
+def cut_file(folder):
+    path = Path(f"{stem(folder)}-image.nii.gz")
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+
+
+def remove_masks(folder):
+    for path in (folder / "data").rglob("*mask*"):
+        path.unlink()
+
+
+def no_grey(folder):
+    for number in (1, 2):
+        for path in (folder / "data/training").glob(f"*sc{number:02d}-mask*"):
+            image = nib.load(path)
+            nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+
+
+N = nib.Nifti1Image
+BAD = {
+    "folder missing": (lambda f: (f / "data").rename(f / "gone"), [], "data: no such folder"),
+    "folder empty": (lambda f: shutil.rmtree(f / "data") or (f / "data").mkdir(), [],
+                     "data: no scans found"),
+    "neither layout": (lambda f: shutil.rmtree(f / "data/training") or shutil.rmtree(
+        f / "data/test") or (f / "data/x.nii.gz").write_bytes(b"x"), [], "no scans found"),
+    "truncated": (cut_file, [], "sc01-image.nii.gz: cannot be read"),
+    "not gzip": (lambda f: Path(f"{stem(f)}-image.nii.gz").write_bytes(b"hello" * 99), [],
+                 "sc01-image.nii.gz: cannot be read"),
+    "not a NIfTI": (lambda f: Path(f"{stem(f)}-image.nii.gz").write_bytes(
+        gzip.compress(b"hello" * 999)), [], "sc01-image.nii.gz: cannot be read"),
+    "4-D": (image_with(lambda v, a, h: N(v[..., None].repeat(2, 3), a)), [], "has 4 dimensions"),
+    "2-D": (image_with(lambda v, a, h: N(v[..., 0], a)), [], "has 2 dimensions"),
+    "mask of another shape": (mask_with(lambda v, a, h: N(v[:-1], a)), [], "not on the grid"),
+    "mask of another affine": (mask_with(lambda v, a, h: N(v, a + np.eye(4)[:, [3, 1, 2, 0]])),
+                               [], "not on the grid"),
+    "mask with a 3": (mask_with(lambda v, a, h: N(v + 1, a)), [], "mask-r4.nii.gz: has values"),
+    "mask with a half": (mask_with(lambda v, a, h: N(v / np.float32(2), a)), [], "has values"),
+    "NaN": (image_with(lambda v, a, h: N(np.where(v > 120, np.nan, v), a)), [],
+            "sc01-image.nii.gz: has NaN"),
+    "infinite": (image_with(lambda v, a, h: N(np.where(v > 120, np.inf, v), a)), [], "has NaN or"),
+    "no grey matter": (no_grey, [], "no grey matter in any training"),
+    "zero voxel size": (zero_voxel, [], "sc01-image.nii.gz: cannot be read as NIfTI (pixdim"),
+    "negative voxel size": (negative_voxel, [], "NIfTI (pixdim[1,2,3] should be positive"),
+    "too few subjects": (None, ["--split", "2", "2", "3"], "too few for --split"),
+    "no masks at all": (remove_masks, [], "0 people with masks"),
+    "subject in two sets": (None, ["--train", "site1-sc01", "--test", "site1-sc01"],
+                            "site1-sc01 is in --train and in --test"),
+    "unknown subject": (None, ["--train", "site9-sc01", "--test", "site1-sc01"],
+                        "no subject site9-sc01"),
+    "rater not there": (lambda f: [Path(f"{stem(f, k)}-mask-r4.nii.gz").unlink() for k in (1, 2)],
+                        [], "no mask of rater 4"),
+    "no such rater": (None, ["--rater", "7"], "--rater"),
+    "crop": (None, ["--crop", "20"], "--crop 20: is not a multiple of 8"),
+    "no epochs": (None, ["--epochs", "0"], "--epochs 0: makes no sense"),
+    "no runs": (None, ["--runs", "0"], "--runs 0: makes no sense"),
+    "negative weight": (None, ["--consistency-weight", "-1"], "--consistency-weight -1.0"),
+    "NaN option": (None, ["--lr", "nan"], "--lr nan"),
+    "alpha above 1": (None, ["--alpha", "1.5"], "--alpha 1.5"),
+    "not a number": (None, ["--width", "wide"], "--width"),
+    "unknown option": (None, ["--colour", "red"], "--colour"),
+    "device not there": (None, ["--device", "abacus"], "--device abacus: not to be had"),
+    "split of two": (None, ["--split", "2", "2"], "--split (2, 2): expected three"),
+    "output is a file": (lambda f: (f / "out").write_text("x"), [], "out"),
+    "foreign checkpoint": (lambda f: (f / "out").mkdir() or torch.save(
+        {"a": 1}, f / "out/supervised-seed0.pt"), [], "supervised-seed0.pt: is no checkpoint"),
+    "damaged configuration": (lambda f: (f / "out").mkdir() or (f / "out/config.json").write_text(
+        "{"), [], "config.json: is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, capsys):
+    damage, options, message = BAD[case]
+    write_scgm(tmp_path / "data", people=(1, 2, 11))
+    if damage:
+        damage(tmp_path)
+    before = snapshot(tmp_path)
+    arguments = ["--data", tmp_path / "data", "--preset", "demo", "--split", "1", "0", "1",
+                 "--crop", "16", "--width", "2", "--batch", "2", "--epochs", "1", "--out",
+                 tmp_path / "out", *options]
+    with pytest.raises(SystemExit) as stop:
+        mt.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    after = snapshot(tmp_path)
+    assert {path: after.get(path) for path in before} == before
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "truncated", "foreign", "pickle", "width"])
+def test_bad_checkpoints_are_one_line_and_run_no_code(case, checkpoint, tmp_path, capsys,
+                                                      monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, path = torch.load(checkpoint, weights_only=True), tmp_path / "c.pt"
+    if case == "empty":
+        path.touch()
+    elif case == "truncated":
+        path.write_bytes(checkpoint.read_bytes()[:9999])
+    elif case == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif case == "pickle":
+        torch.save({**state, "history": Evil()}, path)
+    elif case == "width":
+        state["config"]["width"] = 3
+        torch.save(state, path)
+    write_nifti(tmp_path / "i.nii.gz", cord(1)[0])
+    with pytest.raises(SystemExit) as stop:
+        predicted(tmp_path / "i.nii.gz", path, tmp_path / "m.nii.gz")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "c.pt" in error and not (tmp_path / "m.nii.gz").exists()
+    assert not Path("evil-was-here").exists()
+
+
+def test_all_faults_of_a_folder_are_reported_at_once(tmp_path, capsys):
+    write_scgm(tmp_path / "data", people=(1, 2, 11))
+    for number in (1, 2):
+        Path(f"{stem(tmp_path, number)}-image.nii.gz").write_bytes(b"x")
+    with pytest.raises(SystemExit):
+        mt.main(["--data", str(tmp_path / "data"), "--split", "1", "0", "1", "--crop", "16"])
+    error = capsys.readouterr().err
+    assert "sc01-image" in error and "sc02-image" in error and error.count("\n") == 1
+
+
+def test_a_process_ends_without_a_traceback(tmp_path):
+    done = run("--data", "nowhere", cwd=tmp_path, code=2)
+    assert done.stderr.startswith("error: nowhere: no such folder") and "Trace" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_three_hundred_damaged_files(checkpoint, tmp_path, capsys):
+    rng, outcomes = np.random.default_rng(0), []
+    write_nifti(tmp_path / "good.nii.gz", cord(1)[0])
+    good = gzip.decompress((tmp_path / "good.nii.gz").read_bytes())
+    path = tmp_path / "bad.nii.gz"
+    for k in range(300):
+        raw = bytearray(good)
+        end = 352 if k % 3 else len(raw)                 # the header alone, or anything
+        for _ in range(rng.integers(1, 6)):
+            raw[rng.integers(0, end)] = rng.integers(0, 256)
+        packed = gzip.compress(bytes(raw[:rng.integers(300, len(raw))] if k % 7 == 0 else raw))
+        if k % 11 == 0:                                  # and the packing too
+            packed = bytearray(packed)
+            packed[rng.integers(0, len(packed))] ^= 0xFF
+        path.write_bytes(packed)
+        begin = time.perf_counter()
+        try:
+            predicted(path, checkpoint, tmp_path / "m.nii.gz", "--overwrite")
+            outcomes.append("result")
+        except SystemExit as stop:
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+            outcomes.append("error")
+        assert time.perf_counter() - begin < 10 and path.read_bytes() == bytes(packed)
+    assert min(outcomes.count("result"), outcomes.count("error")) > 30
 
 
 # --- 13. The phantom -----------------------------------------------------------------------------
