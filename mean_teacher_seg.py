@@ -22,12 +22,15 @@ weights. On labelled and unlabelled slices alike, the student is pulled towards 
     python mean_teacher_seg.py --data DIR         your scans (SCGM or BIDS layout), paper preset
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
     python mean_teacher_seg.py --help             every number of the paper is an option
+    python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
+                                       --output MASK.nii.gz
+    torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
 @MEASURED@
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper. Then 7 data, 8 metrics, 9 training, 10 experiment,
-13 phantom, 14 command line.
+11 predict, 13 phantom, 14 command line.
 """
 import argparse
 import collections
@@ -35,7 +38,6 @@ import copy
 import dataclasses
 import datetime
 import gzip
-import io
 import itertools
 import json
 import math
@@ -607,13 +609,17 @@ def evaluate(model, slices, threshold=0.5):
 # --- 9. The training loop ------------------------------------------------------------------------
 
 def save(path, content):
-    """Write text, bytes or, as a checkpoint, a dict: whole or not at all. Makes the folder."""
+    """Write a text, bytes, a figure or, as a checkpoint, a dict: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")     # a leftover is overwritten next time
-    content = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file) if isinstance(content, dict) else file.write(content)
+            if isinstance(content, dict):
+                torch.save(content, file)
+            elif isinstance(content, Figure):
+                content.savefig(file, format="png", dpi=110)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
@@ -631,19 +637,18 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**state["config"]), state["history"], state["student"]
+        load_network(state, "student"), state["history"]
         return state
     except Exception as error:                           # unpickling raises almost anything
         raise InputError(f"{path}: is no checkpoint of this program ({type(error).__name__}); "
                          "name another, or delete it to train anew") from error
 
 
-def load_network(state, name, path="checkpoint"):
-    network = UNet(state["config"]["width"], state["config"]["dropout"])
-    try:
-        network.load_state_dict(state[name])
-    except RuntimeError as error:
-        raise InputError(f"{path}: its weights do not fit its width; name another") from error
+def load_network(state, name):
+    """Build the student or the teacher that a checkpoint holds. -> UNet in eval mode."""
+    config = Config(**state["config"])
+    network = UNet(config.width, config.dropout)
+    network.load_state_dict(state[name])
     return network.eval()
 
 
@@ -665,6 +670,10 @@ def train(config, method, seed, data):
     list over the test slices), and the state_dicts student and teacher.
     """
     path = Path(config.out, f"{method}-seed{seed}.pt")
+    state = load_checkpoint(path) if path.exists() else None
+    if state and "metrics" in state:
+        print(f"\n{method}, seed {seed}: finished before, see {path}")
+        return state
     labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
     semi = method == "mean_teacher"
     epochs, weight_decay = config.epochs[-1 if semi else 0], config.weight_decay[-1 if semi else 0]
@@ -692,14 +701,8 @@ def train(config, method, seed, data):
           "  time left")
     history, parts = [], {**models, "optimizer": optimizer}
     generators = [torch, getattr(torch, device.type)] if device.type != "cpu" else [torch]
-    if path.exists():
-        state = load_checkpoint(path)
-        require(identity(Config(**state["config"])) == identity(config),
-                f"{path}: is of a run with other settings; choose another --out, or --overwrite")
+    if state:                                            # go on where it was interrupted
         history = state["history"]
-        if "metrics" in state:
-            print(f"finished before, see {path}")
-            return state
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for generator, value in zip(generators, state["random"]):
@@ -747,8 +750,8 @@ def train(config, method, seed, data):
             if epoch == epochs:
                 state["metrics"] = {name: evaluate(model, data["test"], config.threshold)
                                     for name, model in models.items()}
-            save(path, state)
             save_csv(path.with_suffix(".csv"), history)
+            save(path, state)
         if INTERRUPTED:
             raise KeyboardInterrupt
     return state
@@ -780,19 +783,20 @@ def experiment(config, overwrite=False):
     methods = ("supervised", "mean_teacher") if config.method == "both" else (config.method,)
     jobs = [(method, seed) for seed in range(config.seed, config.seed + config.runs)
             for method in methods]
-    if rank == 0 and (out / "config.json").exists():
-        try:
-            before, now = json.loads((out / "config.json").read_text()), identity(config)
-        except ValueError as error:
-            raise InputError(f"{out}/config.json: is damaged; delete it") from error
-        differs = [f"{key} {before.get(key)} -> {now[key]}" for key in now
-                   if before.get(key) != now[key]]
-        require(overwrite or not differs, f"{out}: holds runs with other settings: "
-                f"{', '.join(differs)}; choose another --out, or --overwrite")
-        for path in out.glob("*-seed*.*") if overwrite else ():
-            path.unlink()
+    try:
+        before = json.loads((out / "config.json").read_text())
+        differs = [f"{key} {before.get(key)} -> {value}" for key, value in identity(config).items()
+                   if before.get(key) != value]
+    except FileNotFoundError:
+        differs = []
+    except ValueError:
+        differs = ["config.json is damaged"]
+    require(overwrite or not differs, f"{out}: holds runs with other settings: "
+            f"{', '.join(differs)}; choose another --out, or --overwrite")
     data = load_data(config, pick_device(config.device))
     if rank == 0:
+        for path in out.glob("*-seed*.*") if overwrite else ():
+            path.unlink()
         save(out / "config.json", json.dumps(identity(config), indent=1))
     # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
     if world > 1:
@@ -817,7 +821,12 @@ def experiment(config, overwrite=False):
         require("metrics" in run, f"{path}: {method}, seed {seed} has not finished; the same "
                                   "command again goes on")
         runs.append(run)
-    scores, rows = {}, []
+    return report(config, runs, data["test"])
+
+
+def report(config, runs, slices):
+    """Write the table, the metrics of every slice and the pictures. -> dict, see experiment()."""
+    out, scores, rows = Path(config.out), {}, []
     for run in runs:
         for model, metrics in run["metrics"].items():
             row = scores.setdefault(LABELS[run["method"], model], {name: [] for name in METRICS})
@@ -825,12 +834,12 @@ def experiment(config, overwrite=False):
                 row[name].append(float(np.mean(values)))
             rows += [dict(method=run["method"], seed=run["seed"], model=model, site=site,
                           subject=scan, slice=z, **{name: metrics[name][i] for name in METRICS})
-                     for i, (site, scan, z) in enumerate(data["test"].where)]
-    table, difference = make_table(scores, config.data and data["test"].where[0][0])
+                     for i, (site, scan, z) in enumerate(slices.where)]
+    table, difference = make_table(scores, config.data and slices.where[0][0])
     save_csv(out / "metrics.csv", rows)
     save(out / "table.md", table)
     draw_curves(runs, out / "curves.png")
-    draw_examples(config, runs, data["test"], out / "examples.png")
+    draw_examples(config, runs, slices, out / "examples.png")
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
@@ -864,12 +873,6 @@ def make_table(scores, paper=False):
     return table, (float(pairs.mean()), error)
 
 
-def png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
 def draw_curves(runs, path):
     """Losses and validation Dice against the training step, one line a run, into a PNG."""
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -886,7 +889,7 @@ def draw_curves(runs, path):
                           label=label if run["seed"] == runs[0]["seed"] else None)
                 axis.legend()
         axis.set(title=title, xlabel="training step")
-    save(path, png(figure))
+    save(path, figure)
 
 
 def draw_examples(config, runs, slices, path):
@@ -913,7 +916,7 @@ def draw_examples(config, runs, slices, path):
             axis.set_xlabel(f"Dice {dice:.1f} %")
             axis.contour(center_crop(values, side, side)[row, 0].cpu().numpy(), [level],
                          colors=COLORS[title])
-    save(path, png(figure))
+    save(path, figure)
 
 
 class Parser(argparse.ArgumentParser):
@@ -960,8 +963,7 @@ def predict(argv):
     given = parser.parse_args(argv)
     state = load_checkpoint(given.checkpoint)
     config = Config(**state["config"])
-    network = load_network(state, "teacher" if "teacher" in state else "student",
-                           given.checkpoint).to(pick_device())
+    network = load_network(state, "teacher" if "teacher" in state else "student").to(pick_device())
     images = sorted(given.image.glob("*.nii*")) if given.image.is_dir() else [given.image]
     folder = given.image.is_dir()
     outputs = [given.output / path.name if folder else given.output for path in images]
@@ -1184,7 +1186,8 @@ def main(argv=None):
 
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
-    argv, signals = sys.argv[1:] if argv is None else argv, (signal.SIGINT, signal.SIGTERM)
+    argv = sys.argv[1:] if argv is None else argv
+    signals = () if argv[:1] == ["predict"] else (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, interrupt) for number in signals]
     try:
         return predict(argv[1:]) if argv[:1] == ["predict"] else experiment(*parse(argv))

@@ -1176,7 +1176,7 @@ BAD = {
     "foreign checkpoint": (lambda f: (f / "out").mkdir() or torch.save(
         {"a": 1}, f / "out/supervised-seed0.pt"), [], "supervised-seed0.pt: is no checkpoint"),
     "damaged configuration": (lambda f: (f / "out").mkdir() or (f / "out/config.json").write_text(
-        "{"), [], "config.json: is damaged"),
+        "{"), [], "config.json is damaged"),
 }
 
 
