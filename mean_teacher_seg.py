@@ -859,7 +859,7 @@ def make_table(scores, paper=False):
     rows = {label: [(np.mean(values), np.std(values, ddof=1) if runs > 1 else math.nan)
                     for values in row.values()] for label, row in scores.items()}
     titles = [name.title().replace("Miou", "mIoU") for name in METRICS]
-    table = f"| {f'test, %, {runs} run(s)':22} | {' | '.join(f'{t:>12}' for t in titles)} |\n"
+    table = f"| {f'test, %; runs: {runs}':22} | {' | '.join(f'{t:>12}' for t in titles)} |\n"
     table += f"| :{'-' * 21} | {' | '.join(['-' * 11 + ':'] * 6)} |\n"
     for label, row in {**rows, **(PAPER if paper else {})}.items():
         cells = [f"{mean:.2f} ({std:.2f})".replace(" (nan)", "") for mean, std in row]
@@ -869,7 +869,7 @@ def make_table(scores, paper=False):
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
     error = float(np.std(pairs, ddof=1)) / math.sqrt(runs) if runs > 1 else math.nan
     table += (f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice, standard error {error:.2f} "
-              f"over {runs} pair(s) of runs\n")
+              f"over {runs} pairs of runs\n").replace("nan over 1 pairs", "unknown from 1 pair")
     return table, (float(pairs.mean()), error)
 
 

@@ -810,7 +810,7 @@ def test_table_and_paired_difference_by_hand():
     # differences 3, 1, 5: mean 3, std 2, standard error 2 / sqrt(3)
     assert difference == pytest.approx((3.0, 2 / math.sqrt(3)))
     assert "| supervised             | 62.00 (2.00) |" in table and "paper" not in table
-    assert "+3.00 Dice, standard error 1.15 over 3 pair(s) of runs" in table
+    assert "+3.00 Dice, standard error 1.15 over 3 pairs of runs" in table
     assert mt.make_table({"supervised": row(60.0)})[1] is None
 
 
