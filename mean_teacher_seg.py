@@ -26,7 +26,8 @@ weights. On labelled and unlabelled slices alike, the student is pulled towards 
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-@MEASURED@
+Measured: the demo with --runs 5 on two CPU cores, PyTorch 2.13, 7 minutes: test Dice of the
+supervised network 83.22 (0.55), of the teacher 82.51 (0.84). It does not win there: see README.md.
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper. Then 7 data, 8 metrics, 9 training, 10 experiment,
@@ -907,13 +908,13 @@ def draw_examples(config, runs, slices, path):
     for row, column in np.ndindex(axes.shape):
         axis, (title, values) = axes[row, column], list(columns.items())[column]
         axis.imshow(center_crop(images, side, side)[row, 0].cpu().numpy(), cmap="gray")
-        axis.set(xticks=[], yticks=[], title=title)
+        axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
         if values is None:
             axis.set_xlabel("{1}, slice {2}".format(*slices.where[picked[row]]))
         else:
             level = 0.5 if title == "rater" else config.threshold
             dice = segmentation_metrics(values > level, masks)["dice"][row]
-            axis.set_xlabel(f"Dice {dice:.1f} %")
+            axis.set_xlabel("" if title == "rater" else f"Dice {dice:.1f} %")
             axis.contour(center_crop(values, side, side)[row, 0].cpu().numpy(), [level],
                          colors=COLORS[title])
     save(path, figure)
