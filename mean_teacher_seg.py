@@ -39,6 +39,7 @@ import copy
 import dataclasses
 import datetime
 import gzip
+import io
 import itertools
 import json
 import math
@@ -460,6 +461,8 @@ def load_nifti(path):
                 f"{path}: has voxels of {mm} mm, expected 0.01 to 100; correct its header")
         require(0 < math.prod(shape) < 2 ** 28 and math.prod(shape) * mm[0] * mm[1] < 2 ** 25,
                 f"{path}: {shape} voxels of {mm} mm make no sense here; correct its header")
+        require(np.isfinite(nib.io_orientation(image.affine)).all(),
+                f"{path}: its affine is singular; correct its header")
         volume = image.get_fdata(dtype=np.float32)
         require(np.isfinite(volume).all(), f"{path}: has NaN or infinite voxels; mend them")
         return nib.Nifti1Image(volume, image.affine, image.header)
@@ -489,7 +492,7 @@ def read_mask(scan, rater, shape, affine):
                 f"{scan.masks[key]}: is not on the grid of its image, {shape}; resample it")
         values = (0, 1) if key == ANY else (0, 1, 2)     # 1 is grey matter, 2 white matter
         require(np.isin(mask, values).all(),
-                f"{scan.masks[key]}: has values {np.unique(mask)[:5]}, expected {values}")
+                f"{scan.masks[key]}: has values {np.unique(mask)[:5]}, not {values}; correct it")
         votes.append(mask == 1)
     return (np.mean(votes, axis=0) > 0.5).astype(np.float32)  # a 2-2 tie is background
 
@@ -611,16 +614,17 @@ def evaluate(model, slices, threshold=0.5):
 
 def save(path, content):
     """Write a text, bytes, a figure or, as a checkpoint, a dict: whole or not at all."""
+    buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.part")
+    if isinstance(content, dict):
+        torch.save(content, buffer)
+    elif isinstance(content, Figure):
+        content.savefig(buffer, format="png", dpi=110)
+    else:
+        buffer.write(content.encode() if isinstance(content, str) else content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")     # a leftover is overwritten next time
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, dict):
-                torch.save(content, file)
-            elif isinstance(content, Figure):
-                content.savefig(file, format="png", dpi=110)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
@@ -638,7 +642,7 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        load_network(state, "student"), state["history"]
+        load_network(state, "student"), [state[key] for key in ("method", "where", "history")]
         return state
     except Exception as error:                           # unpickling raises almost anything
         raise InputError(f"{path}: is no checkpoint of this program ({type(error).__name__}); "
@@ -672,6 +676,11 @@ def train(config, method, seed, data):
     """
     path = Path(config.out, f"{method}-seed{seed}.pt")
     state = load_checkpoint(path) if path.exists() else None
+    where = {name: part.where for name, part in data.items()}
+    if state:
+        same = (state["method"], state["seed"], state["where"]) == (method, seed, where)
+        require(same and identity(Config(**state["config"])) == identity(config),
+                f"{path}: is of other settings or data; choose another --out, or --overwrite")
     if state and "metrics" in state:
         print(f"\n{method}, seed {seed}: finished before, see {path}")
         return state
@@ -745,7 +754,8 @@ def train(config, method, seed, data):
                   .replace("nan", "  -"), flush=True)
         history.append(row)
         if epoch % config.validate_every == 0 or epoch == epochs or INTERRUPTED:
-            state = {"config": vars(config), "method": method, "seed": seed, "history": history,
+            state = {"config": vars(config), "method": method, "seed": seed, "where": where,
+                     "history": history,
                      "random": [generator.get_rng_state() for generator in generators],
                      **{name: part.state_dict() for name, part in parts.items()}}
             if epoch == epochs:
@@ -790,14 +800,15 @@ def experiment(config, overwrite=False):
                    if before.get(key) != value]
     except FileNotFoundError:
         differs = []
-    except ValueError:
+    except (ValueError, AttributeError):
         differs = ["config.json is damaged"]
     require(overwrite or not differs, f"{out}: holds runs with other settings: "
             f"{', '.join(differs)}; choose another --out, or --overwrite")
     data = load_data(config, pick_device(config.device))
     if rank == 0:
-        for path in out.glob("*-seed*.*") if overwrite else ():
-            path.unlink()
+        for path in out.glob("*-seed[0-9]*.*") if overwrite else ():
+            if path.name.startswith(("supervised-", "mean_teacher-")):
+                path.unlink()
         save(out / "config.json", json.dumps(identity(config), indent=1))
     # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
     if world > 1:
@@ -846,10 +857,14 @@ def report(config, runs, slices):
 
 
 def pick_device(name="auto"):
+    """Turn --device into a device; under torchrun, each process gets its own GPU."""
     try:
-        automatic = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else
-                     "mps" if torch.backends.mps.is_available() else "cpu")
-        return torch.zeros(1, device=automatic if name == "auto" else name).device
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        best = "cuda" if torch.cuda.is_available() else best
+        require(name.split(":")[0] in ("auto", "cuda", "mps", "cpu"), "no such kind")
+        return torch.zeros(1, device=best if name == "auto" else name).device
     except Exception as error:
         raise InputError(f"--device {name}: not to be had here ({error}); try cpu") from error
 
@@ -1131,7 +1146,8 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
                     nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
                     nib.save(nifti, f"{temporary}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)
+        if not folder.exists():                          # another process may have been faster
+            os.rename(temporary, folder)
 
 
 # --- 14. Command line ----------------------------------------------------------------------------
@@ -1162,9 +1178,13 @@ def parse(argv):
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     name = Path(config.data).resolve().name if config.data else "phantom"
     require(len(config.split) == 3, f"--split {config.split}: expected three numbers, as 2 2 3")
+    require(len(config.epochs) < 3 and len(config.weight_decay) < 3,
+            "--epochs and --weight-decay: expected one number, or two for the two methods")
     require(config.crop % 8 == 0, f"--crop {config.crop}: is not a multiple of 8")
+    require(config.crop <= 2048 and config.spacing > 0.01,
+            f"--crop {config.crop} --spacing {config.spacing}: at most 2048 px, above 0.01 mm")
     positive = "runs spacing crop width epochs batch lr validate_every".split()
-    fractions = "dropout alpha alpha_late confidence threshold".split()
+    fractions = "dropout alpha alpha_late confidence threshold scale".split()
     for key, value in vars(config).items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, (int, float)):
@@ -1176,7 +1196,7 @@ def parse(argv):
 
 def interrupt(*_):
     """On Ctrl-C or SIGTERM: stop when the epoch has ended; the second time, at once."""
-    print("interrupted: stops when this epoch is saved; again to stop at once", flush=True)
+    print("interrupted: stops after the epoch; once more to stop at once", flush=True)
     if INTERRUPTED:
         raise KeyboardInterrupt
     INTERRUPTED.append(True)
@@ -1196,7 +1216,7 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command again goes on")
+        print("interrupted; a training goes on when the same command is given again")
         raise SystemExit(130) from None
     finally:
         INTERRUPTED.clear()
