@@ -935,11 +935,6 @@ def draw_examples(config, runs, slices, path):
     save(path, figure)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
 # --- 11. Predict ---------------------------------------------------------------------------------
 
 def predict_volume(image, network, config, name="image"):
@@ -968,7 +963,8 @@ def predict_volume(image, network, config, name="image"):
 
 def predict(argv):
     """The command line of `predict`: one volume, or every one in a folder. -> list of outputs."""
-    parser = Parser(prog="mean_teacher_seg.py predict", description=predict_volume.__doc__)
+    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment grey matter: a mask "
+                    "on the image's own grid, whatever its orientation and voxel size.")
     parser.add_argument("image", type=Path, help="a NIfTI volume, or a folder of them")
     parser.add_argument("--checkpoint", type=Path, required=True,
                         help="a .pt file of a run; the teacher in it, if there is one, is used")
@@ -1152,12 +1148,21 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
 
 # --- 14. Command line ----------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong option, as for any other bad input."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
     differs = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
     parser = Parser(
+        usage="%(prog)s [options]\n       %(prog)s predict --help",
         description="Mean-teacher semi-supervised segmentation (Perone & Cohen-Adad 2018).",
-        epilog=f"[Defaults] are those of --preset paper; --preset demo differs in {differs}.")
+        epilog="[Defaults] are those of --preset paper; (here) marks a choice that the paper "
+               f"leaves open. --preset demo differs in {differs}.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="paper, or demo for a CPU [demo without --data, paper with it]")
     for field in dataclasses.fields(Config):
@@ -1165,10 +1170,11 @@ def parse(argv):
         if isinstance(value, bool):
             kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, tuple):
-            kind |= {"nargs": "+", "type": type(value[0]) if value else str}
+            kind |= {"nargs": "+", "type": type(value[0]) if value else str, "metavar": "X"}
+            value = " ".join(map(str, value))
         else:
             kind["type"] = type(value)
-        kind["help"] += f" [{value}]"
+        kind["help"] += f" [{value}]" if value != "" else ""
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
     parser.add_argument("--overwrite", action="store_true", help="delete other runs in --out")
     given = {key: tuple(value) if isinstance(value, list) else value
