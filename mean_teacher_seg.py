@@ -107,10 +107,11 @@ class Config:
     alpha: float = option(0.99, "EMA decay at first: the teacher remembers 1/(1-alpha) steps")
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly")
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "pixel-wise distance", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "or one input for both",
-                               choices=["delayed", "same"])
-    confidence: float = option(0.0, "leave out pixels where the teacher's max(y, 1-y) is below")
+    consistency: str = option("bce", "loss; bce is better (section 2)", choices=["bce", "mse"])
+    augmentation: str = option("delayed", "same: one warped input for both, which section 2.1 "
+                               "argues against", choices=["delayed", "same"])
+    confidence: float = option(0.0, "leave out pixels where the teacher's max(y, 1-y) is below; "
+                               "did not help (section 2)")
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
@@ -981,10 +982,11 @@ def predict(argv):
     state = load_checkpoint(given.checkpoint)
     config = Config(**state["config"])
     network = load_network(state, "teacher" if "teacher" in state else "student").to(pick_device())
-    images = sorted(given.image.glob("*.nii*")) if given.image.is_dir() else [given.image]
-    folder = given.image.is_dir()
-    outputs = [given.output / path.name if folder else given.output for path in images]
-    require(images, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
+    images, outputs = [given.image], [given.output]
+    if given.image.is_dir():
+        images = sorted(given.image.glob("*.nii*"))
+        outputs = [given.output / path.name for path in images]
+        require(images, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
     for path, output in zip(images, outputs):
         require(output.name.endswith((".nii", ".nii.gz")), f"{output}: end it in .nii or .nii.gz")
         require(given.overwrite or not output.exists(), f"{output}: is there; see --overwrite")
