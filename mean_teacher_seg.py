@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # --- 1. Configuration ----------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     the image's centre, to where its value is taken. Source: sections 2.1 and 3.1.
     """
     def uniform(limit):
-        return (2 * torch.rand(n, device=device) - 1) * limit
+        return torch.empty(n, device=device).uniform_(-limit, limit)
 
     # phi inverts the picture's motion: to turn and enlarge it, read along turned, shorter axes.
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
@@ -321,26 +322,28 @@ def train_step(student, teacher, optimizer, images, masks, step, weight=2.9, alp
     of those L <= B; step: number of this step, from 0. teacher None: the supervised baseline.
     Other arguments: see Config. -> dict of float32 scalars on the device: loss, dice, consistency.
     """
-    labelled = len(masks)
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
     phi = sample_affine(len(images), degrees, translation, scale, images.device)         # line 2
-    augmented = warp(images + noise * torch.randn_like(images), phi)
-    masks = (warp(masks, phi[:labelled]) >= 0.5).float()
-    with autocast:
-        logits = student(augmented).float()                                              # line 3
-    dice = dice_loss(torch.sigmoid(logits[:labelled]), masks)                            # line 5
-    loss, agreement = dice, torch.zeros_like(dice)
+    noisy = images + noise * torch.randn_like(images)
+    # Ones travel along: where phi reads from outside the image, less than 1 arrives.
+    augmented, inside = warp(torch.cat([noisy, torch.ones_like(noisy)], 1), phi).split(1, dim=1)
+    masks = (warp(masks, phi[:len(masks)]) >= 0.5).float()
     if teacher is not None:
+        # Before the student: so its activations are gone when the student's must be kept.
         other = images + noise * torch.randn_like(images)
         other = warp(other, phi) if augmentation == "same" else other
         with torch.no_grad(), autocast:
             targets = torch.sigmoid(teacher(other).float())                              # line 4
         if augmentation == "delayed":                    # outside autocast: bfloat16 has 8 bits,
             targets = warp(targets, phi)                 # too few for a place among 200 px
-        # Pixels that phi took from outside the image have no target: leave them out. (Dice need
-        # not care: there the mask is 0, and so is the prediction soon.)
-        valid = warp(torch.ones_like(images), phi) > 0.999
-        valid &= torch.maximum(targets, 1 - targets) >= confidence
+        # Pixels from outside the image have no target: leave them out. (Dice need not care: there
+        # the mask is 0, and so is the prediction soon.)
+        valid = (inside > 0.999) & (torch.maximum(targets, 1 - targets) >= confidence)
+    with autocast:
+        logits = student(augmented.contiguous()).float()                                 # line 3
+    loss = dice = dice_loss(torch.sigmoid(logits[:len(masks)]), masks)                   # line 5
+    agreement = torch.zeros_like(dice)
+    if teacher is not None:
         agreement = consistency_loss(logits, targets, valid, consistency)                # line 6
         loss = dice + weight * agreement                                                 # line 7
     optimizer.zero_grad()
@@ -658,10 +661,17 @@ def load_network(state, name):
     return network.eval()
 
 
-def identity(config):
-    """What a result depends on: the settings less those that only say which runs and where."""
-    return {key: value for key, value in json.loads(json.dumps(vars(config))).items()
-            if key not in ("out", "method", "runs", "seed", "device")}
+def load_run(path, config, where):
+    """The checkpoint of a run to go on with. InputError if it is of other settings or data."""
+    state = load_checkpoint(path)
+    differs = [f"{key} {state['config'].get(key)} -> {value}" for key, value in vars(config).items()
+               if key not in ("out", "method", "runs", "seed", "device")       # which run, and where
+               and state["config"].get(key) != value]
+    if state["where"] != where or path.stem != f"{state['method']}-seed{state['seed']}":
+        differs += ["not these slices, or another run's name"]
+    require(not differs, f"{path}: is of other settings or data: {', '.join(differs)}; "
+                         "choose another --out, or --overwrite")
+    return state
 
 
 def batches(labelled, unlabelled, count, extra):
@@ -678,6 +688,25 @@ def batches(labelled, unlabelled, count, extra):
         yield torch.cat([labelled.images[mine], unlabelled.images[more]]), labelled.masks[mine]
 
 
+def build(config, method, device):
+    """Make what a training works on: networks with random weights, their optimiser, the settings.
+
+    -> models: {"student": UNet} and, for mean_teacher, "teacher"; Adam; options of train_step.
+    """
+    # Channels-last memory is what tensor cores want, and 1.1 to 1.4 times as fast on a CPU.
+    student = UNet(config.width, config.dropout).to(device, memory_format=torch.channels_last)
+    semi = method == "mean_teacher"
+    models = {"student": student, "teacher": make_teacher(student)} if semi else {"student": student}
+    for model in models.values() if config.compile else ():
+        model.compile()
+    # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
+    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.999), fused=True,
+                                 weight_decay=config.weight_decay[-1 if semi else 0])
+    options = {name: getattr(config, name) for name in
+               "degrees translation scale noise consistency augmentation confidence".split()}
+    return models, optimizer, {**options, "amp": config.amp and device.type == "cuda"}
+
+
 INTERRUPTED = []                                         # see main()
 
 
@@ -690,34 +719,20 @@ def train(config, method, seed, data):
     list over the test slices), and the state_dicts student and teacher.
     """
     path = Path(config.out, f"{method}-seed{seed}.pt")
-    state = load_checkpoint(path) if path.exists() else None
     where = {name: part.where for name, part in data.items()}
-    if state:
-        same = (state["method"], state["seed"], state["where"]) == (method, seed, where)
-        require(same and identity(Config(**state["config"])) == identity(config),
-                f"{path}: is of other settings or data; choose another --out, or --overwrite")
+    state = load_run(path, config, where) if path.exists() else None
     if state and "metrics" in state:
         print(f"\n{method}, seed {seed}: finished before, see {path}")
         return state
     labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
     semi = method == "mean_teacher"
-    epochs, weight_decay = config.epochs[-1 if semi else 0], config.weight_decay[-1 if semi else 0]
+    epochs = config.epochs[-1 if semi else 0]
     batch = min(config.batch, len(labelled.images))
     extra = config.unlabelled_batch if semi and len(unlabelled.images) else 0
     steps = len(labelled.images) // batch
     torch.manual_seed(seed)                              # weights, batches, phi, noise, Dropout
-    # Channels-last memory: what the tensor cores want, and 1.1 to 1.4 times as fast on a CPU.
-    student = UNet(config.width, config.dropout).to(device, memory_format=torch.channels_last)
-    teacher = make_teacher(student) if semi else None
-    models = {"student": student, "teacher": teacher} if semi else {"student": student}
-    for model in models.values() if config.compile else ():
-        model.compile()
-    # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
-    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.999),
-                                 weight_decay=weight_decay)
-    options = {name: getattr(config, name) for name in
-               "degrees translation scale noise consistency augmentation confidence".split()}
-    options["amp"] = config.amp and device.type == "cuda"
+    models, optimizer, options = build(config, method, device)
+    student, teacher = models["student"], models.get("teacher")
     print(f"\n{method}, seed {seed}: {epochs} epochs x {steps} steps = {epochs * steps} steps of "
           f"{batch} + {extra} slices on {device.type}")
     if device.type == "cpu" and config.width > 32:
@@ -776,6 +791,7 @@ def train(config, method, seed, data):
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
 
+METHODS = ("supervised", "mean_teacher")
 LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
@@ -797,25 +813,18 @@ def experiment(config, overwrite=False):
     """
     out, rank = Path(config.out), int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    methods = ("supervised", "mean_teacher") if config.method == "both" else (config.method,)
+    methods = METHODS if config.method == "both" else (config.method,)
     jobs = [(method, seed) for seed in range(config.seed, config.seed + config.runs)
             for method in methods]
-    try:
-        before = json.loads((out / "config.json").read_text())
-        differs = [f"{key} {before.get(key)} -> {value}" for key, value in identity(config).items()
-                   if before.get(key) != value]
-    except FileNotFoundError:
-        differs = []
-    except (ValueError, AttributeError):
-        differs = ["config.json is damaged"]
-    require(overwrite or not differs, f"{out}: holds runs with other settings: "
-            f"{', '.join(differs)}; choose another --out, or --overwrite")
     data = load_data(config, pick_device(config.device))
+    before = [path for method in METHODS for path in out.glob(f"{method}-seed*.pt")]
+    for path in () if overwrite else before:
+        load_run(path, config, {name: part.where for name, part in data.items()})
     if rank == 0:
-        for path in out.glob("*-seed[0-9]*.*") if overwrite else ():
-            if path.name.startswith(("supervised-", "mean_teacher-")):
-                path.unlink()
-        save(out / "config.json", json.dumps(identity(config), indent=1))
+        for path in before if overwrite else ():
+            path.unlink()
+            path.with_suffix(".csv").unlink(missing_ok=True)
+        save(out / "config.json", json.dumps(vars(config), indent=1))
     # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
@@ -1002,6 +1011,80 @@ def predict(argv):
         save(output, gzip.compress(content, mtime=0) if output.suffix == ".gz" else content)
         print(f"{output}: {(found > config.threshold).sum()} voxels of grey matter")
     return outputs
+
+
+# --- 12. Benchmark -------------------------------------------------------------------------------
+
+def benchmark(config, seconds=20):
+    """Where the time of a training step goes, on random slices of config's size.
+
+    Prints medians and the headline, a ratio: train_step over the bare network passes that it
+    contains (teacher forward, student forward and backward; same slices, same precision).
+    seconds: how long to measure, after the warm-up. -> dict of ms.
+    """
+    device, labelled, side = pick_device(config.device), config.batch, config.crop
+    models, optimizer, options = build(config, "mean_teacher", device)
+    student, teacher = models.values()
+    x = torch.randn(labelled + config.unlabelled_batch, 1, side, side, device=device)
+    masks, logits = (x > 2).float(), torch.randn_like(x, requires_grad=True)
+    slices, y, targets = Slices(x, masks, []), masks[:labelled], torch.rand_like(x)
+    volume = nib.Nifti1Image(x[:, 0].permute(2, 1, 0).cpu().numpy(), np.diag([*[config.spacing] * 2, 5, 1]))
+    quiet = dataclasses.replace(config, threshold=1.0)
+
+    def bare(network):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options["amp"]):
+            return network(x).float().mean()
+
+    def augment():                                       # as often as train_step does each
+        phi = sample_affine(len(x), 9.0, device=device)
+        return ([x + torch.randn_like(x) for _ in range(2)] + [warp(y, phi[:labelled])] +
+                [warp(picture, phi) for picture in (x, targets, torch.ones_like(x))])
+
+    parts = {
+        "draw a batch": lambda: next(batches(slices, slices, labelled, config.unlabelled_batch)),
+        "augmentation": augment,
+        "teacher forward": torch.no_grad()(lambda: bare(teacher)),
+        "student forward, backward": lambda: (optimizer.zero_grad(), bare(student).backward()),
+        "losses": lambda: (dice_loss(logits[:labelled].sigmoid(), y) +
+                           consistency_loss(logits, targets, targets > 0)).backward(),
+        "Adam": optimizer.step,
+        "teacher's average": lambda: update_teacher(student, teacher, 0.99),
+        "train_step": lambda: train_step(student, teacher, optimizer, x, y, 500, **options),
+        "evaluation": lambda: predict_probabilities(teacher, x),
+        "predict": lambda: predict_volume(volume, teacher, quiet)}
+    if device.type == "cuda":                            # what could this GPU do at best?
+        matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        parts["matrix product"] = lambda: matrix @ matrix
+    repeat = 10 if device.type == "cuda" else 1          # calls between two waits for the device
+    times, end = {name: [] for name in parts}, math.inf
+    while time.perf_counter() < end:
+        for name, part in parts.items():
+            start = time.perf_counter()
+            for _ in range(repeat):
+                part()
+            torch.zeros(1, device=device).item()         # waits for the device
+            times[name].append((time.perf_counter() - start) * 1000 / repeat)
+        if len(times["train_step"]) == 3:                # the warm-up is over
+            end = time.perf_counter() + seconds
+    ms = {name: float(np.median(values[3:])) for name, values in times.items()}
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = UNet(config.width)                     # of shapes only: nothing is computed
+        network(torch.empty(x.shape)).mean().backward()
+        network(torch.empty(x.shape))
+    rate, step = counter.get_total_flops() / ms["train_step"] / 1e9, ms["train_step"]
+    print(f"{len(x)} slices of {side} x {side} px, width {config.width}, {device.type}, "
+          f"{'bfloat16' if options['amp'] else 'float32'}, {torch.get_num_threads()} threads, "
+          f"PyTorch {torch.__version__}\n{'':26}median ms")
+    for name, value in ms.items():
+        print(f"{name:26}{value:9.2f}")
+    ratio = step / (ms["teacher forward"] + ms["student forward, backward"])
+    print(f"train_step over the network passes in it: {ratio:.3f}\n"
+          f"{1000 * len(x) / step:.0f} slices/s, {rate:.3g} TFLOP/s")
+    if device.type == "cuda":
+        best = 2 * 8192 ** 3 / ms["matrix product"] / 1e9
+        print(f"{rate / best:.0%} of a matrix product's {best:.0f} TFLOP/s; peak memory "
+              f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    return {**ms, "ratio": ratio}
 
 
 # --- 13. The phantom -----------------------------------------------------------------------------
@@ -1224,7 +1307,11 @@ def main(argv=None):
     signals = () if argv[:1] == ["predict"] else (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, interrupt) for number in signals]
     try:
-        return predict(argv[1:]) if argv[:1] == ["predict"] else experiment(*parse(argv))
+        if argv[:1] == ["predict"]:
+            return predict(argv[1:])
+        if argv[:1] == ["benchmark"]:
+            return benchmark(parse(argv[1:])[0])
+        return experiment(*parse(argv))
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

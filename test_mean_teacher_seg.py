@@ -931,12 +931,17 @@ def test_a_checkpoint_of_other_settings_or_data_is_never_taken_for_this_one(litt
                                                                             capsys):
     options = [*little, "--epochs", "1", "--method", "supervised", "--out", str(tmp_path)]
     mt.main(options)
-    (tmp_path / "config.json").unlink()
-    for changes in (["--lr", "0.5"], ["--split-seed", "1"], ["--exclude", "site1-sc11"]):
+    for changes in (["--lr", "0.5"], ["--split-seed", "1"], ["--exclude", "site1-sc11"],
+                    ["--method", "mean_teacher", "--lr", "0.5"]):
         with pytest.raises(SystemExit):
             mt.main([*options, *changes])
-        assert "supervised-seed0.pt: is of other settings or data" in capsys.readouterr().err
-        (tmp_path / "config.json").unlink()
+        assert "supervised-seed0.pt: is of other settings or data: " in capsys.readouterr().err
+    state = torch.load(tmp_path / "supervised-seed0.pt", weights_only=True)
+    state["where"]["test"] = state["where"]["test"][1:]  # a slice came or went: a file has changed
+    torch.save(state, tmp_path / "supervised-seed0.pt")
+    with pytest.raises(SystemExit):
+        mt.main(options)
+    assert "supervised-seed0.pt: is of other settings or data: not these" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(little, tmp_path, monkeypatch, capsys):
@@ -971,7 +976,7 @@ def test_torchrun_deals_out_the_runs_and_reports_as_one_process_does(little, tmp
 def test_a_failing_rank_names_its_run_and_keeps_the_others(little, tmp_path):
     options = [*little, "--epochs", "1", "--method", "supervised"]
     run(*options, "--out", "out", cwd=tmp_path)
-    (tmp_path / "out/supervised-seed1.pt").write_bytes(b"broken")
+    (tmp_path / "out/supervised-seed1.csv").mkdir()      # so that its log cannot be written
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
          "29513", str(SCRIPT), *options, "--out", "out", "--runs", "3"],
