@@ -22,6 +22,7 @@ weights. On labelled and unlabelled slices alike, the student is pulled towards 
     python mean_teacher_seg.py --data DIR         your scans (SCGM or BIDS layout), paper preset
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
     python mean_teacher_seg.py --help             every number of the paper is an option
+    python mean_teacher_seg.py benchmark          where the time of a step goes
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
@@ -31,7 +32,7 @@ supervised network 83.22 (0.55), of the teacher 82.51 (0.84). It does not win th
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper. Then 7 data, 8 metrics, 9 training, 10 experiment,
-11 predict, 13 phantom, 14 command line.
+11 predict, 12 benchmark, 13 phantom, 14 command line.
 """
 import argparse
 import collections
@@ -664,9 +665,10 @@ def load_network(state, name):
 def load_run(path, config, where):
     """The checkpoint of a run to go on with. InputError if it is of other settings or data."""
     state = load_checkpoint(path)
-    differs = [f"{key} {state['config'].get(key)} -> {value}" for key, value in vars(config).items()
-               if key not in ("out", "method", "runs", "seed", "device")       # which run, and where
-               and state["config"].get(key) != value]
+    ignored = ("out", "method", "runs", "seed", "device")                # which runs, and where
+    theirs, ours = vars(Config(**state["config"])), vars(config)
+    differs = [f"{key} {theirs[key]} -> {ours[key]}" for key in ours
+               if key not in ignored and theirs[key] != ours[key]]
     if state["where"] != where or path.stem != f"{state['method']}-seed{state['seed']}":
         differs += ["not these slices, or another run's name"]
     require(not differs, f"{path}: is of other settings or data: {', '.join(differs)}; "
@@ -696,7 +698,7 @@ def build(config, method, device):
     # Channels-last memory is what tensor cores want, and 1.1 to 1.4 times as fast on a CPU.
     student = UNet(config.width, config.dropout).to(device, memory_format=torch.channels_last)
     semi = method == "mean_teacher"
-    models = {"student": student, "teacher": make_teacher(student)} if semi else {"student": student}
+    models = {"student": student, **({"teacher": make_teacher(student)} if semi else {})}
     for model in models.values() if config.compile else ():
         model.compile()
     # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
@@ -1022,26 +1024,27 @@ def benchmark(config, seconds=20):
     contains (teacher forward, student forward and backward; same slices, same precision).
     seconds: how long to measure, after the warm-up. -> dict of ms.
     """
-    device, labelled, side = pick_device(config.device), config.batch, config.crop
+    device, labelled, extra = pick_device(config.device), config.batch, config.unlabelled_batch
     models, optimizer, options = build(config, "mean_teacher", device)
     student, teacher = models.values()
-    x = torch.randn(labelled + config.unlabelled_batch, 1, side, side, device=device)
-    masks, logits = (x > 2).float(), torch.randn_like(x, requires_grad=True)
-    slices, y, targets = Slices(x, masks, []), masks[:labelled], torch.rand_like(x)
-    volume = nib.Nifti1Image(x[:, 0].permute(2, 1, 0).cpu().numpy(), np.diag([*[config.spacing] * 2, 5, 1]))
-    quiet = dataclasses.replace(config, threshold=1.0)
+    x = torch.randn(labelled + extra, 1, config.crop, config.crop, device=device)
+    masks, targets, logits = (x > 2).float(), torch.rand_like(x), torch.randn_like(x)
+    slices, y, logits = Slices(x, masks, []), masks[:labelled], logits.requires_grad_()
+    volume = nib.Nifti1Image(x[:, 0].permute(2, 1, 0).cpu().numpy(),
+                             np.diag([config.spacing, config.spacing, 5, 1]))
+    quiet = dataclasses.replace(config, threshold=1.0)   # predict_volume shall not warn
 
     def bare(network):
         with torch.autocast(device.type, torch.bfloat16, enabled=options["amp"]):
             return network(x).float().mean()
 
     def augment():                                       # as often as train_step does each
-        phi = sample_affine(len(x), 9.0, device=device)
-        return ([x + torch.randn_like(x) for _ in range(2)] + [warp(y, phi[:labelled])] +
-                [warp(picture, phi) for picture in (x, targets, torch.ones_like(x))])
+        phi = sample_affine(len(x), config.degrees, device=device)
+        warp(torch.cat([x + torch.randn_like(x), torch.ones_like(x)], 1), phi)
+        return warp(y, phi[:labelled]), warp(targets, phi), x + torch.randn_like(x)
 
     parts = {
-        "draw a batch": lambda: next(batches(slices, slices, labelled, config.unlabelled_batch)),
+        "draw a batch": lambda: next(batches(slices, slices, labelled, extra)),
         "augmentation": augment,
         "teacher forward": torch.no_grad()(lambda: bare(teacher)),
         "student forward, backward": lambda: (optimizer.zero_grad(), bare(student).backward()),
@@ -1071,15 +1074,15 @@ def benchmark(config, seconds=20):
         network = UNet(config.width)                     # of shapes only: nothing is computed
         network(torch.empty(x.shape)).mean().backward()
         network(torch.empty(x.shape))
-    rate, step = counter.get_total_flops() / ms["train_step"] / 1e9, ms["train_step"]
-    print(f"{len(x)} slices of {side} x {side} px, width {config.width}, {device.type}, "
-          f"{'bfloat16' if options['amp'] else 'float32'}, {torch.get_num_threads()} threads, "
-          f"PyTorch {torch.__version__}\n{'':26}median ms")
+    rate = counter.get_total_flops() / ms["train_step"] / 1e9
+    ratio = ms["train_step"] / (ms["teacher forward"] + ms["student forward, backward"])
+    print(f"{labelled} + {extra} slices of {config.crop} x {config.crop} px, "
+          f"width {config.width}, {'bfloat16' if options['amp'] else 'float32'}, {device.type}, "
+          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; median ms")
     for name, value in ms.items():
         print(f"{name:26}{value:9.2f}")
-    ratio = step / (ms["teacher forward"] + ms["student forward, backward"])
-    print(f"train_step over the network passes in it: {ratio:.3f}\n"
-          f"{1000 * len(x) / step:.0f} slices/s, {rate:.3g} TFLOP/s")
+    print(f"train_step over the network passes in it: {ratio:.3f}; "
+          f"{1000 * len(x) / ms['train_step']:.0f} slices/s, {rate:.3g} TFLOP/s")
     if device.type == "cuda":
         best = 2 * 8192 ** 3 / ms["matrix product"] / 1e9
         print(f"{rate / best:.0%} of a matrix product's {best:.0f} TFLOP/s; peak memory "
@@ -1249,7 +1252,7 @@ def parse(argv):
     """Turn the command line into a Config, every field of which is an option."""
     differs = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
     parser = Parser(
-        usage="%(prog)s [options]\n       %(prog)s predict --help",
+        usage="%(prog)s [benchmark] [options]\n       %(prog)s predict --help",
         description="Mean-teacher semi-supervised segmentation (Perone & Cohen-Adad 2018).",
         epilog="[Defaults] are those of --preset paper; (here) marks a choice that the paper "
                f"leaves open. --preset demo differs in {differs}.")
@@ -1299,7 +1302,7 @@ def interrupt(*_):
 
 
 def main(argv=None):
-    """Run a command line (default: the program's own). -> what experiment() or predict() returns.
+    """Run a command line (default: the program's own). -> as experiment, predict or benchmark.
 
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """

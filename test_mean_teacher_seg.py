@@ -5,6 +5,7 @@ a closed form, a NumPy loop, or a property that the mathematics demands.
     python -m pytest
 """
 import ast
+import copy
 import csv
 import dataclasses
 import gzip
@@ -341,6 +342,94 @@ def test_the_teachers_batchnorm_statistics_come_from_its_own_passes():
     mt.train_step(student, teacher, optimizer, images, masks, 0, noise=0.0)
     assert torch.allclose(teacher.down[0][2].running_mean, expected, atol=1e-5)
     assert not torch.allclose(student.down[0][2].running_mean, expected, atol=1e-5)
+
+
+# A second implementation of the mean teacher, on purpose a naive one: NumPy in float64, loops over
+# samples and pixels, written from the paper's equations: warp, losses and their derivatives, Adam,
+# the average. Only the network's own passes are torch's, which differentiates sum(gradient * z).
+
+def naive_warp(picture, matrix):
+    """Bilinear look-up, pixel by pixel; 0 outside. picture (H, W), matrix (2, 3) in px."""
+    height, width = picture.shape
+    result = np.zeros((height, width))
+    for row in range(height):
+        for column in range(width):
+            right, down = column - (width - 1) / 2, row - (height - 1) / 2
+            x, y = matrix @ [right, down, 1]
+            x, y = x + (width - 1) / 2, y + (height - 1) / 2
+            for i in (int(np.floor(y)), int(np.floor(y)) + 1):
+                for j in (int(np.floor(x)), int(np.floor(x)) + 1):
+                    if 0 <= i < height and 0 <= j < width:
+                        share = (1 - abs(y - i)) * (1 - abs(x - j))
+                        result[row, column] += share * picture[i, j]
+    return result
+
+
+def naive_step(student, teacher, moments, images, masks, step, weight, alpha, lr, decay, degrees,
+               noise):
+    """Algorithm 1 for one batch; the random draws in the order of train_step. -> three losses."""
+    angles = [torch.empty(len(images)).uniform_(-limit, limit) for limit in (degrees, 0, 0, 0)][0]
+    one, other = torch.randn_like(images), torch.randn_like(images)
+    x, n = images.numpy().astype(float), len(images)
+    cos, sin = np.cos(np.radians(angles.numpy())), np.sin(np.radians(angles.numpy()))
+    phi = [np.array([[cos[b], -sin[b], 0], [sin[b], cos[b], 0]]) for b in range(n)]
+    shown = np.stack([naive_warp(x[b, 0] + noise * one[b, 0].numpy(), phi[b]) for b in range(n)])
+    y = [naive_warp(masks[b, 0].numpy(), phi[b]) >= 0.5 for b in range(len(masks))]
+    with torch.no_grad():
+        guess = teacher(torch.from_numpy(x + noise * other.numpy()).float()).double().numpy()
+    t = [naive_warp(1 / (1 + np.exp(-guess[b, 0])), phi[b]) for b in range(n)]
+    inside = [naive_warp(np.ones(x.shape[2:]), phi[b]) > 0.999 for b in range(n)]
+    z = student(torch.from_numpy(shown[:, None]).float())
+    p = 1 / (1 + np.exp(-z.detach().double().numpy()[:, 0]))
+    # eq. 3 and eq. 2, and by hand their derivatives with respect to the logits z
+    overlap = sum((p[b] * y[b]).sum() for b in range(len(masks)))
+    total = sum(p[b].sum() + y[b].sum() for b in range(len(masks)))
+    count = sum(inside[b].sum() for b in range(n))
+    dice, bce, gradient = -2 * overlap / total, 0.0, np.zeros_like(p)
+    for b in range(n):
+        if b < len(masks):
+            gradient[b] += (-2 * y[b] / total + 2 * overlap / total ** 2) * p[b] * (1 - p[b])
+        entropy = -t[b] * np.log(p[b]) - (1 - t[b]) * np.log(1 - p[b])
+        bce += entropy[inside[b]].sum() / count
+        gradient[b] += weight * (p[b] - t[b]) * inside[b] / count
+    student.zero_grad()
+    (z[:, 0] * torch.from_numpy(gradient).float()).sum().backward()
+    remember = min(1 - 1 / (step + 2), alpha)
+    for k, (theta, mean) in enumerate(zip(student.parameters(), teacher.parameters())):
+        g = theta.grad.double().numpy() + decay * theta.detach().double().numpy()
+        m, v = moments.get(k, (0, 0))
+        m, v = moments[k] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+        up, down = m / (1 - 0.9 ** (step + 1)), np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8
+        new = theta.detach().double().numpy() - lr * up / down
+        theta.data = torch.from_numpy(new).float()
+        mean.data = torch.from_numpy(remember * mean.double().numpy() + (1 - remember) * new).float()
+    return dice + weight * bce, dice, bce
+
+
+def test_twenty_steps_of_a_second_naive_implementation_give_the_same_losses():
+    # The demo's settings in its first epoch, but for a weight that can be felt. (With its highest
+    # rate, Adam's division of tiny gradients by themselves blows rounding up to 1e-2 in 20 steps.)
+    lr = mt.DEMO.lr * mt.learning_rate_factor(1, *mt.DEMO.epochs, mt.DEMO.lr_ramp)
+    weight, alpha, decay, degrees, noise = 2.9, 0.95, 2e-3, 12.0, 0.1
+    images, masks = batch(size=24)
+    torch.manual_seed(4)
+    student = mt.UNet(4, 0.0)
+    teacher = mt.make_teacher(student)
+    naive_student, naive_teacher, moments = copy.deepcopy(student), copy.deepcopy(teacher), {}
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr, weight_decay=decay, fused=True)
+    curves = [], []
+    torch.manual_seed(9)
+    for step in range(20):
+        losses = mt.train_step(student, teacher, optimizer, images, masks, step, weight, alpha,
+                               degrees=degrees, noise=noise)
+        curves[0].append([losses[name].item() for name in ("loss", "dice", "consistency")])
+    torch.manual_seed(9)
+    for step in range(20):
+        curves[1].append(naive_step(naive_student, naive_teacher, moments, images, masks, step,
+                                    weight, alpha, lr, decay, degrees, noise))
+    ours, naive = np.array(curves)
+    assert ours[-1, 1] < ours[0, 1] - 0.03               # it does learn
+    assert np.abs(ours - naive).max() < 1e-4
 
 
 class Recorder(nn.Module):
@@ -812,6 +901,14 @@ def test_table_and_paired_difference_by_hand():
     assert "| supervised             | 62.00 (2.00) |" in table and "paper" not in table
     assert "+3.00 Dice, standard error 1.15 over 3 pairs of runs" in table
     assert mt.make_table({"supervised": row(60.0)})[1] is None
+
+
+def test_benchmark_measures_a_step_and_its_parts(capsys):
+    config = dataclasses.replace(mt.DEMO, crop=16, width=4, device="cpu")
+    ms = mt.benchmark(config, seconds=0.5)
+    parts = "draw a batch", "teacher forward", "student forward, backward", "train_step", "predict"
+    assert all(0 < ms[part] < 1000 for part in parts) and "Adam" in capsys.readouterr().out
+    assert ms["ratio"] == ms["train_step"] / (ms[parts[1]] + ms[parts[2]]) > 1
 
 
 def test_every_field_is_an_option_and_help_explains_it():
