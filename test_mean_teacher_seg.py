@@ -5,10 +5,12 @@ a closed form, a NumPy loop, or a property that the mathematics demands.
     python -m pytest
 """
 import ast
+import base64
 import copy
 import csv
 import dataclasses
 import gzip
+import io
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
@@ -1510,6 +1513,74 @@ def test_lines_fit_and_the_licence_is_named():
 
 
 # --- Real scans, where they are ------------------------------------------------------------------
+
+# --- The notebook --------------------------------------------------------------------------------
+
+NOTEBOOK = HERE / "tutorial.ipynb"
+
+
+def code_cells():
+    return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"]
+            if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_a_clean_kernel_and_its_exercises_notice_what_is_broken(tmp_path):
+    notebook = json.loads(NOTEBOOK.read_text())
+    exercises = [cell for cell in code_cells() if "exercise" in cell["metadata"].get("tags", [])]
+    assert len(exercises) == 4
+    for cell in exercises:                               # once more, with the reader's edit
+        right, wrong = cell["metadata"]["edit"]
+        source = "".join(cell["source"])
+        assert source.count(right) == 1
+        lines = source.replace(right, wrong).splitlines()
+        source = "\n".join(["try:", *("    " + line for line in lines),
+                            "except AssertionError:", "    broken = True",
+                            "assert broken, 'nobody noticed'", "broken = False"])
+        notebook["cells"].append({**cell, "id": f"{cell['id']}-broken", "source": source})
+    (tmp_path / "tutorial.ipynb").write_text(json.dumps(notebook))
+    shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace",
+         "tutorial.ipynb"], cwd=tmp_path, capture_output=True, text=True, timeout=900,
+        env=dict(os.environ, XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = [cell for cell in json.loads((tmp_path / "tutorial.ipynb").read_text())["cells"]
+             if cell["cell_type"] == "code"]
+    assert len(cells) == len(code_cells()) + 4
+    assert not [output for cell in cells for output in cell["outputs"]
+                if output.get("name") == "stderr"]       # not a warning either
+
+
+def test_the_notebook_defines_nothing_that_the_script_defines():
+    ours = {node.name for node in ast.parse(SCRIPT.read_text()).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    ours |= {name.id for node in ast.parse(SCRIPT.read_text()).body
+             if isinstance(node, ast.Assign) for name in node.targets}
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in code_cells()))
+    theirs = {node.name for node in ast.walk(tree)
+              if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    theirs |= {node.id for node in ast.walk(tree)
+               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert {"train_step", "METRICS"} < ours and "config" in theirs
+    assert not ours & theirs
+
+
+def test_the_notebook_is_committed_with_its_outputs():
+    assert NOTEBOOK.stat().st_size < 3e6
+    cells = code_cells()
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(sum(bool(line.strip()) for line in cell["source"]) <= 10 for cell in cells)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    for picture in pictures:                             # as many grey levels as a picture has
+        pixels = plt.imread(io.BytesIO(base64.b64decode(picture)))[..., :3]
+        assert pixels.shape[0] > 100 and pixels.std() > 0.05
+    sections = [cell["source"][0] for cell in json.loads(NOTEBOOK.read_text())["cells"]
+                if cell["cell_type"] == "markdown" and cell["source"][0].startswith("## ")]
+    assert [int(line.split()[1].strip(".")) for line in sections] == list(range(1, 13))
+    assert len(pictures) >= 18 and "/tmp" not in NOTEBOOK.read_text()
+
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the CC0 scans are not here")
 def test_real_scans_of_six_sessions(tmp_path):
