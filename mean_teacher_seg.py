@@ -6,7 +6,8 @@ weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. A student ne
 learns from a few labelled slices. A teacher f(theta') is the exponential moving average of its
 weights. On labelled and unlabelled slices alike, the student is pulled towards the teacher.
 
-    Algorithm 1, as it is built in section 6 of this file
+    Algorithm 1, as section 6 of this file builds it. (The paper prints g(x; phi') at the teacher's
+    input. That is the noise; the paper's section 2.1 delays the transformation, as in line 4.)
      1  for each mini-batch of slices x, the first of them with masks y
      2      draw phi, a small affine transformation for every slice
      3      z  = f(theta, g(x + noise; phi))           student: transformed BEFORE its forward pass
@@ -95,9 +96,9 @@ class Config:
                            "ones; sub-XSes1 and sub-XSes2 are taken for one person")
     # Network
     width: int = option(64, "channels of the first block (here: the authors' code)")
-    dropout: float = option(0.5, "rate of Dropout2d after every block convolution")
+    dropout: float = option(0.5, "rate of Dropout2d (2d: here) after every block convolution")
     # Optimisation; pairs are (supervised, mean teacher), one number is for both
-    epochs: tuple = option((1600, 350), "passes over the labelled slices")
+    epochs: tuple = option((1600, 350), "epochs; one (here) is a pass over the labelled slices")
     batch: int = option(8, "labelled slices in a mini-batch")
     unlabelled_batch: int = option(8, "unlabelled slices beside them (here: the authors' code)")
     lr: float = option(6e-4, "eta, Adam's learning rate at its highest")
@@ -127,9 +128,10 @@ class Config:
 
 
 # DEMO is the same method for two CPU cores: coarser, narrower, shorter; both methods take the same
-# steps. A narrow network needs all of its channels (no dropout) and a higher rate. Time constants
-# shrink with the run: an alpha of 0.999 remembers 1000 steps, and would freeze a teacher that has
-# 1150 in all. Tuned on the phantom's validation subjects, for both methods alike.
+# steps. A narrow network needs all of its channels (no dropout) and a higher rate. The teacher's
+# memory shrinks with the run: with an alpha of 0.999, 1000 steps, it would be the plain mean of
+# all 1150. Only the consistency ramp takes the whole of it. Tuned on the phantom's validation
+# subjects, for both methods alike.
 DEMO = dataclasses.replace(
     Config(), spacing=0.5, crop=64, width=8, dropout=0.0, epochs=(50,), batch=4,
     unlabelled_batch=4, lr=6e-3, lr_ramp=3, weight_decay=(2e-3,), consistency_ramp=50, alpha=0.95,
@@ -231,7 +233,7 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None, kind="bc
 # --- 4. Delayed augmentation ---------------------------------------------------------------------
 # Rotate what the student sees, and its prediction is rotated. The teacher's, from the unrotated
 # slice, is not: pixel by pixel the two speak of different places (section 2.1). Feeding both the
-# same rotated slice lines them up, but then nobody learns that a rotated cord is the same cord.
+# same rotated slice lines them up, but asks for no agreement between two views of the same cord.
 # So: the student's INPUT and the teacher's OUTPUT are warped, by one and the same phi. That needs
 # no trick with gradients: none flows through the teacher, so its output is a target like a mask.
 
@@ -245,7 +247,7 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     def uniform(limit):
         return torch.empty(n, device=device).uniform_(-limit, limit)
 
-    # phi inverts the picture's motion: to turn and enlarge it, read along turned, shorter axes.
+    # phi maps output to input, so it is the inverse of what happens to the picture.
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([cos, -sin, uniform(translation), sin, cos, uniform(translation)], dim=1)
@@ -1056,7 +1058,8 @@ def benchmark(config, seconds=20):
         "evaluation": lambda: predict_probabilities(teacher, x),
         "predict": lambda: predict_volume(volume, teacher, quiet)}
     if device.type == "cuda":                            # what could this GPU do at best?
-        matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        dtype = torch.bfloat16 if options["amp"] else torch.float32
+        matrix = torch.randn(8192, 8192, device=device, dtype=dtype)
         parts["matrix product"] = lambda: matrix @ matrix
     repeat = 10 if device.type == "cuda" else 1          # calls between two waits for the device
     times, end = {name: [] for name in parts}, math.inf
