@@ -342,7 +342,7 @@ def train_step(student, teacher, optimizer, images, masks, step, weight=2.9, alp
         # Pixels from outside the image have no target: leave them out. (Dice need not care: there
         # the mask is 0, and so is the prediction soon.)
         valid = (inside > 0.999) & (torch.maximum(targets, 1 - targets) >= confidence)
-    with autocast:
+    with autocast:                                       # contiguous: a strided view is slower
         logits = student(augmented.contiguous()).float()                                 # line 3
     loss = dice = dice_loss(torch.sigmoid(logits[:len(masks)]), masks)                   # line 5
     agreement = torch.zeros_like(dice)
