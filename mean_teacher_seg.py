@@ -403,8 +403,7 @@ def find_scans(folder):
         name = path.name.removesuffix("-image.nii.gz")
         # sc11 to sc20 are the challenge's test half: unlabelled, whatever lies beside them.
         masks = sorted(path.parent.glob(f"{name}-mask-r?.nii.gz")) if name[-2:] <= "10" else []
-        scans.append(Scan(name.split("-")[0], name, name, name, path,
-                          {mask.name[-8]: mask for mask in masks}))
+        scans.append(Scan(name[:5], name, name, name, path, {m.name[-8]: m for m in masks}))
     for path in sorted(folder.glob("sub-*/**/anat/*_T2star*.nii.gz")):
         stem, place = path.name.removesuffix(".nii.gz"), path.parent.relative_to(folder)
         masks = sorted((folder / "derivatives/labels" / place).glob(f"{stem}_gmseg*.nii.gz"))
@@ -449,7 +448,7 @@ def split_scans(scans, config):
     for one, other in itertools.combinations(sets, 2):
         both = " ".join(sorted(people[one] & people[other]))
         require(not both, f"{config.data}: {both} is in --{one} and in --{other}; choose one")
-    taken = [scan for part in sets.values() for scan in part]
+    taken = sum(sets.values(), [])
     held_out = set() if config.rescans else people["val"] | people["test"]
     sets["unlabelled"] = [scan for scan in scans if scan not in taken and
                           scan.person not in held_out and (by_name or not scan.masks)]
@@ -511,8 +510,7 @@ def to_slices(volume, voxel_mm, spacing):
     Linear, antialiased when shrinking. Source: "resampled to 0.25 x 0.25 mm", section 3.1.
     """
     slices = torch.from_numpy(volume.transpose(2, 1, 0)[:, None, ::-1].copy())    # (Z, 1, Y, X)
-    size = [max(1, round(count * mm / spacing))
-            for count, mm in zip(slices.shape[2:], (voxel_mm[1], voxel_mm[0]))]
+    size = [max(1, round(volume.shape[axis] * voxel_mm[axis] / spacing)) for axis in (1, 0)]
     return F.interpolate(slices, size=size, mode="bilinear", antialias=True)
 
 
@@ -546,8 +544,8 @@ def read_scan(scan, config, labelled):
         mask = read_mask(scan, config.rater, volume.shape, affine)
         whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
         masks = center_crop(whole, config.crop, config.crop)
-        lost = 1 - (masks.sum() / whole.sum().clamp(min=1)).item()
-        if lost > 0.01 and whole.any():
+        lost = 1 - (masks.sum() / whole.sum()).item()    # NaN, thus no warning, if there is none
+        if lost > 0.01:
             print(f"warning: {scan.image}: {lost:.0%} of its grey matter is outside the centre "
                   f"crop of {config.crop} px at {config.spacing} mm; raise --crop")
         keep &= masks.flatten(1).any(1)
@@ -635,9 +633,8 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)                # still there only if something failed
 
 
 def save_csv(path, rows):
@@ -686,7 +683,7 @@ def batches(labelled, unlabelled, count, extra):
     n, m, device = len(labelled.images), len(unlabelled.images), labelled.images.device
     order = torch.randperm(n, device=device)
     others = torch.randperm(m, device=device) if extra else order
-    others = others.repeat(math.ceil(n * extra / len(others)) + 1)         # round and round
+    others = others.repeat(math.ceil(n * extra / len(others)))             # round and round
     for i in range(n // count):
         mine, more = order[i * count:(i + 1) * count], others[i * extra:(i + 1) * extra]
         yield torch.cat([labelled.images[mine], unlabelled.images[more]]), labelled.masks[mine]
@@ -699,8 +696,9 @@ def build(config, method, device):
     """
     # Channels-last memory is what tensor cores want, and 1.1 to 1.4 times as fast on a CPU.
     student = UNet(config.width, config.dropout).to(device, memory_format=torch.channels_last)
-    semi = method == "mean_teacher"
-    models = {"student": student, **({"teacher": make_teacher(student)} if semi else {})}
+    models, semi = {"student": student}, method == "mean_teacher"
+    if semi:
+        models["teacher"] = make_teacher(student)
     for model in models.values() if config.compile else ():
         model.compile()
     # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
@@ -724,8 +722,8 @@ def train(config, method, seed, data):
     """
     path = Path(config.out, f"{method}-seed{seed}.pt")
     where = {name: part.where for name, part in data.items()}
-    state = load_run(path, config, where) if path.exists() else None
-    if state and "metrics" in state:
+    state = load_run(path, config, where) if path.exists() else {}
+    if "metrics" in state:
         print(f"\n{method}, seed {seed}: finished before, see {path}")
         return state
     labelled, unlabelled, device = data["train"], data["unlabelled"], data["train"].images.device
@@ -743,27 +741,24 @@ def train(config, method, seed, data):
         print("the paper preset takes days on a CPU; --preset demo takes minutes")
     print("   epoch  dice loss  consistency  weight       lr  val Dice: student  teacher  steps/s"
           "  time left")
-    history, parts = [], {**models, "optimizer": optimizer}
+    history, parts = state.get("history", []), {**models, "optimizer": optimizer}
     generators = [torch, getattr(torch, device.type)] if device.type != "cpu" else [torch]
     if state:                                            # go on where it was interrupted
-        history = state["history"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for generator, value in zip(generators, state["random"]):
             generator.set_rng_state(value)
-    start = time.perf_counter()
-    first = len(history) + 1
+    start, first = time.perf_counter(), len(history) + 1
     for epoch in range(first, epochs + 1):
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp) * semi
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
         sums = 0
         for i, (images, masks) in enumerate(batches(labelled, unlabelled, batch, extra)):
             losses = train_step(student, teacher, optimizer, images, masks,
                                 (epoch - 1) * steps + i, weight, alpha, **options)
-            sums = sums + torch.stack([losses["dice"], losses["consistency"]])
+            sums += torch.stack([losses["dice"], losses["consistency"]])
         dice, consistency = (sums / steps).tolist()      # the one wait for the device in an epoch
         row = {"epoch": epoch, "step": epoch * steps, "dice_loss": dice,
                "consistency_loss": consistency, "weight": weight, "lr": lr,
@@ -780,8 +775,7 @@ def train(config, method, seed, data):
         history.append(row)
         if epoch % config.validate_every == 0 or epoch == epochs or INTERRUPTED:
             state = {"config": vars(config), "method": method, "seed": seed, "where": where,
-                     "history": history,
-                     "random": [generator.get_rng_state() for generator in generators],
+                     "history": history, "random": [g.get_rng_state() for g in generators],
                      **{name: part.state_dict() for name, part in parts.items()}}
             if epoch == epochs:
                 state["metrics"] = {name: evaluate(model, data["test"], config.threshold)
@@ -818,8 +812,7 @@ def experiment(config, overwrite=False):
     out, rank = Path(config.out), int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     methods = METHODS if config.method == "both" else (config.method,)
-    jobs = [(method, seed) for seed in range(config.seed, config.seed + config.runs)
-            for method in methods]
+    jobs = list(itertools.product(range(config.seed, config.seed + config.runs), methods))
     data = load_data(config, pick_device(config.device))
     before = [path for method in METHODS for path in out.glob(f"{method}-seed*.pt")]
     for path in () if overwrite else before:
@@ -833,7 +826,7 @@ def experiment(config, overwrite=False):
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         torch.distributed.barrier()                      # the folder is claimed
-    for method, seed in jobs[rank::world]:
+    for seed, method in jobs[rank::world]:
         try:
             train(config, method, seed, data)
         except Exception as error:                       # keep the other runs
@@ -845,13 +838,11 @@ def experiment(config, overwrite=False):
         torch.distributed.destroy_process_group()
     if rank > 0:
         return None
-    runs = []
-    for method, seed in jobs:
-        path = out / f"{method}-seed{seed}.pt"
-        run = load_checkpoint(path) if path.exists() else {}
-        require("metrics" in run, f"{path}: {method}, seed {seed} has not finished; the same "
-                                  "command again goes on")
-        runs.append(run)
+    paths = [out / f"{method}-seed{seed}.pt" for seed, method in jobs]
+    runs = [load_checkpoint(path) for path in paths if path.exists()]
+    done = sum("metrics" in run for run in runs)
+    require(done == len(jobs), f"{out}: {done} of {len(jobs)} runs are finished; the same command "
+                               "again goes on with the others")
     return report(config, runs, data["test"])
 
 
@@ -890,15 +881,17 @@ def pick_device(name="auto"):
 
 def make_table(scores, paper=False):
     """Scores as Markdown in the layout of Table 1. -> text, difference; see experiment()."""
+    def line(first, cells):
+        return f"| {first:22} | {' | '.join(f'{cell:>12}' for cell in cells)} |\n"
+
     runs = len(next(iter(scores.values()))["dice"])
     rows = {label: [(np.mean(values), np.std(values, ddof=1) if runs > 1 else math.nan)
                     for values in row.values()] for label, row in scores.items()}
-    titles = [name.title().replace("Miou", "mIoU") for name in METRICS]
-    table = f"| {f'test, %; runs: {runs}':22} | {' | '.join(f'{t:>12}' for t in titles)} |\n"
-    table += f"| :{'-' * 21} | {' | '.join(['-' * 11 + ':'] * 6)} |\n"
+    table = line(f"test, %; runs: {runs}", [n.title().replace("Miou", "mIoU") for n in METRICS])
+    table += line(":" + "-" * 21, ["-" * 11 + ":"] * 6)
     for label, row in {**rows, **(PAPER if paper else {})}.items():
         cells = [f"{mean:.2f} ({std:.2f})".replace(" (nan)", "") for mean, std in row]
-        table += f"| {label:22} | {' | '.join(f'{cell:>12}' for cell in cells)} |\n"
+        table += line(label, cells)
     if len(scores) < 3:
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
@@ -910,14 +903,13 @@ def make_table(scores, paper=False):
 
 def draw_curves(runs, path):
     """Losses and validation Dice against the training step, one line a run, into a PNG."""
+    panels = {"Dice loss (eq. 3)": {"student": "dice_loss"},
+              "Consistency loss, per pixel": {"teacher": "consistency_loss"},
+              "Validation Dice, %": {"student": "val_student", "teacher": "val_teacher"}}
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axis, title, columns in zip(figure.subplots(1, 3), (
-            "Dice loss (eq. 3)", "Consistency loss, per pixel", "Validation Dice, %"), (
-            {"student": "dice_loss"}, {"teacher": "consistency_loss"},
-            {"student": "val_student", "teacher": "val_teacher"})):
+    for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
         for run, (model, column) in itertools.product(runs, columns.items()):
-            points = [(row["step"], row[column]) for row in run["history"]
-                      if not math.isnan(row[column])]
+            points = [(r["step"], r[column]) for r in run["history"] if not math.isnan(r[column])]
             if points and (run["method"], model) in LABELS:
                 label = LABELS[run["method"], model]
                 axis.plot(*zip(*points), "--" if model == "teacher" else "-", color=COLORS[label],
@@ -931,26 +923,27 @@ def draw_examples(config, runs, slices, path):
     """Four test slices with the rater's and each method's outline (its first run), into a PNG."""
     picked = sorted({(2 * k + 1) * len(slices.where) // 8 for k in range(4)})
     images, masks = slices.images[picked], slices.masks[picked]
-    columns = {"image": None, "rater": masks}
+    side = min(config.crop, round(24 / config.spacing))  # the middle 24 mm
+
+    def near(slices):
+        return center_crop(slices, side, side)[:, 0].cpu().numpy()
+
+    names = ["{1}, slice {2}".format(*slices.where[k]) for k in picked]
+    columns = [("image", None, names), ("rater", masks, [""] * len(picked))]
     for run in [run for run in runs if run["seed"] == config.seed]:
         model = "teacher" if "teacher" in run else "student"
-        network = load_network(run, model).to(images.device)
-        columns[LABELS[run["method"], model]] = predict_probabilities(network, images)
+        found = predict_probabilities(load_network(run, model).to(images.device), images)
+        dice = segmentation_metrics(found > config.threshold, masks)["dice"]
+        columns.append((LABELS[run["method"], model], found, [f"Dice {d:.1f} %" for d in dice]))
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    side = min(config.crop, round(24 / config.spacing))  # the middle 24 mm
-    for row, column in np.ndindex(axes.shape):
-        axis, (title, values) = axes[row, column], list(columns.items())[column]
-        axis.imshow(center_crop(images, side, side)[row, 0].cpu().numpy(), cmap="gray")
-        axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
-        if values is None:
-            axis.set_xlabel("{1}, slice {2}".format(*slices.where[picked[row]]))
-        else:
+    for (row, column), axis in np.ndenumerate(axes):
+        title, values, captions = columns[column]
+        axis.imshow(near(images)[row], cmap="gray")
+        axis.set(xticks=[], yticks=[], title=title if row == 0 else "", xlabel=captions[row])
+        if values is not None:
             level = 0.5 if title == "rater" else config.threshold
-            dice = segmentation_metrics(values > level, masks)["dice"][row]
-            axis.set_xlabel("" if title == "rater" else f"Dice {dice:.1f} %")
-            axis.contour(center_crop(values, side, side)[row, 0].cpu().numpy(), [level],
-                         colors=COLORS[title])
+            axis.contour(near(values)[row], [level], colors=COLORS[title])
     save(path, figure)
 
 
@@ -968,8 +961,8 @@ def predict_volume(image, network, config, name="image"):
     device = next(network.parameters()).device
     found = predict_probabilities(network, normalise(slices).to(device)).cpu()
     found *= (slices.flatten(1).std(1) > 0).view(-1, 1, 1, 1)           # nothing in empty slices
-    border = F.pad(torch.zeros(config.crop - 2, config.crop - 2), (1, 1, 1, 1), value=1).bool()
-    if (found[..., border] > config.threshold).any():
+    grey = found > config.threshold
+    if grey.sum() > grey[..., 1:-1, 1:-1].sum():
         print(f"warning: {name}: grey matter meets the border of the crop, {config.crop} px at "
               f"{config.spacing} mm, and may go on outside; crop the image around the cord")
     found = center_crop(found, *sampled.shape[2:])                      # undoes the crop
@@ -995,26 +988,26 @@ def predict(argv):
     state = load_checkpoint(given.checkpoint)
     config = Config(**state["config"])
     network = load_network(state, "teacher" if "teacher" in state else "student").to(pick_device())
-    images, outputs = [given.image], [given.output]
+    jobs = {given.image: given.output}
     if given.image.is_dir():
-        images = sorted(given.image.glob("*.nii*"))
-        outputs = [given.output / path.name for path in images]
-        require(images, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
-    for path, output in zip(images, outputs):
+        jobs = {path: given.output / path.name for path in sorted(given.image.glob("*.nii*"))}
+        require(jobs, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
+    for path, output in jobs.items():
         require(output.name.endswith((".nii", ".nii.gz")), f"{output}: end it in .nii or .nii.gz")
         require(given.overwrite or not output.exists(), f"{output}: is there; see --overwrite")
         require(not output.exists() or not output.samefile(path), f"{output}: is the image itself")
-    for path, output in zip(images, outputs):
+    for path, output in jobs.items():
         image = load_nifti(path)
         found = predict_volume(image, network, config, path)
-        found = found if given.probabilities else (found > config.threshold).astype(np.uint8)
-        header = image.header.copy()                     # the image's geometry, codes and units
-        header.set_data_dtype(found.dtype)
-        header["cal_min"] = header["cal_max"] = 0
-        content = nib.Nifti1Image(found, image.affine, header).to_bytes()
+        if not given.probabilities:
+            found = (found > config.threshold).astype(np.uint8)
+        # With the image's header: its geometry, codes and units.
+        mask = nib.Nifti1Image(found, image.affine, image.header, dtype=found.dtype)
+        mask.header["cal_min"] = mask.header["cal_max"] = 0
+        content = mask.to_bytes()
         save(output, gzip.compress(content, mtime=0) if output.suffix == ".gz" else content)
         print(f"{output}: {(found > config.threshold).sum()} voxels of grey matter")
-    return outputs
+    return list(jobs.values())
 
 
 # --- 12. Benchmark -------------------------------------------------------------------------------
@@ -1030,10 +1023,9 @@ def benchmark(config, seconds=20):
     models, optimizer, options = build(config, "mean_teacher", device)
     student, teacher = models.values()
     x = torch.randn(labelled + extra, 1, config.crop, config.crop, device=device)
-    masks, targets, logits = (x > 2).float(), torch.rand_like(x), torch.randn_like(x)
-    slices, y, logits = Slices(x, masks, []), masks[:labelled], logits.requires_grad_()
-    volume = nib.Nifti1Image(x[:, 0].permute(2, 1, 0).cpu().numpy(),
-                             np.diag([config.spacing, config.spacing, 5, 1]))
+    slices, targets = Slices(x, (x > 2).float(), []), torch.rand_like(x)
+    y, logits = slices.masks[:labelled], torch.randn_like(x, requires_grad=True)
+    volume = nib.Nifti1Image(x[:, 0].cpu().numpy().T, np.diag([config.spacing] * 2 + [5, 1]))
     quiet = dataclasses.replace(config, threshold=1.0)   # predict_volume shall not warn
 
     def bare(network):
@@ -1289,10 +1281,9 @@ def parse(argv):
     fractions = "dropout alpha alpha_late confidence threshold scale".split()
     for key, value in vars(config).items():
         for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)):
-                fine = 0 <= number <= (1 if key in fractions else 1e9)       # false for a NaN
-                require(fine and (number > 0 or key not in positive),
-                        f"--{key.replace('_', '-')} {number}: makes no sense; see --help")
+            fine = isinstance(number, str) or 0 <= number <= (1 if key in fractions else 1e9)
+            require(fine and (number or key not in positive),                # NaN is not fine
+                    f"--{key.replace('_', '-')} {number}: makes no sense; see --help")
     return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}"), overwrite
 
 

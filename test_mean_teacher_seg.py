@@ -1292,14 +1292,10 @@ BAD = {
     "absurd crop": (None, ["--crop", "8000000"], "at most 2048 px"),
     "singular affine": (image_with(lambda v, a, h: N(v, np.where(
         np.arange(4) == 1, a[:, [0]], a))), [], "sc01-image.nii.gz"),
-    "configuration of another kind": (lambda f: (f / "out").mkdir() or (
-        f / "out/config.json").write_text("[]"), [], "config.json is damaged"),
     "split of two": (None, ["--split", "2", "2"], "--split (2, 2): expected three"),
     "output is a file": (lambda f: (f / "out").write_text("x"), [], "out"),
     "foreign checkpoint": (lambda f: (f / "out").mkdir() or torch.save(
         {"a": 1}, f / "out/supervised-seed0.pt"), [], "supervised-seed0.pt: is no checkpoint"),
-    "damaged configuration": (lambda f: (f / "out").mkdir() or (f / "out/config.json").write_text(
-        "{"), [], "config.json is damaged"),
 }
 
 
