@@ -1022,6 +1022,7 @@ def benchmark(config, seconds=20):
     device, labelled, extra = pick_device(config.device), config.batch, config.unlabelled_batch
     models, optimizer, options = build(config, "mean_teacher", device)
     student, teacher = models.values()
+    optimizer.param_groups[0]["lr"] = 0.0                # the same work, and the networks stay
     x = torch.randn(labelled + extra, 1, config.crop, config.crop, device=device)
     slices, targets = Slices(x, (x > 2).float(), []), torch.rand_like(x)
     y, logits = slices.masks[:labelled], torch.randn_like(x, requires_grad=True)
@@ -1055,8 +1056,8 @@ def benchmark(config, seconds=20):
         parts["matrix product"] = lambda: matrix @ matrix
     repeat = 10 if device.type == "cuda" else 1          # calls between two waits for the device
     times, end = {name: [] for name in parts}, math.inf
-    while time.perf_counter() < end:
-        for name, part in parts.items():
+    while time.perf_counter() < end:                     # in turns: a machine's speed drifts, and
+        for name, part in parts.items():                 # a part in a loop of its own is too fast
             start = time.perf_counter()
             for _ in range(repeat):
                 part()
