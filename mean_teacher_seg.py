@@ -1302,12 +1302,13 @@ def main(argv=None):
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    signals = () if argv[:1] == ["predict"] else (signal.SIGINT, signal.SIGTERM)
+    command = argv[0] if argv[:1] in (["predict"], ["benchmark"]) else "train"
+    signals = (signal.SIGINT, signal.SIGTERM) if command == "train" else ()
     before = [signal.signal(number, interrupt) for number in signals]
     try:
-        if argv[:1] == ["predict"]:
+        if command == "predict":
             return predict(argv[1:])
-        if argv[:1] == ["benchmark"]:
+        if command == "benchmark":
             return benchmark(parse(argv[1:])[0])
         return experiment(*parse(argv))
     except (InputError, OSError) as error:
