@@ -371,6 +371,7 @@ def naive_warp(picture, matrix):
 def naive_step(student, teacher, moments, images, masks, step, weight, alpha, lr, decay, degrees,
                noise):
     """Algorithm 1 for one batch; the random draws in the order of train_step. -> three losses."""
+    # Scale and two translations are 0 here, but drawn.
     angles = [torch.empty(len(images)).uniform_(-limit, limit) for limit in (degrees, 0, 0, 0)][0]
     one, other = torch.randn_like(images), torch.randn_like(images)
     x, n = images.numpy().astype(float), len(images)
