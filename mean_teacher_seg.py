@@ -45,6 +45,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -819,15 +820,13 @@ def load_run(path, config, data, parts=()):
 
     parts: dict of the networks and the optimiser that take up its state.
     """
-    state, ours = load_checkpoint(path), vars(config)
-    free = ("out", "method", "runs", "seed", "device")   # they say which runs, and where
-    differs = [f"{key} {theirs} -> {ours[key]}" for key, theirs in state["config"].items()
-               if key not in free and theirs != ours[key]]
-    if (path.stem, [part.where for part in data.values()]) != (
-            f"{state['method']}-seed{state['seed']}", state["where"]):
-        differs.append("its slices, or its name")
-    require(not differs, f"{path}: is of other settings or data: {', '.join(differs)}; "
-                         "choose another --out, or --overwrite")
+    state, free = load_checkpoint(path), ("out", "method", "runs", "seed", "device")
+    theirs = {**state["config"], "slices": state["where"]}
+    ours = {**vars(config), "slices": [part.where for part in data.values()]}
+    differs = [key for key in ours if key not in free and theirs[key] != ours[key]]
+    require(not differs and path.stem == f"{state['method']}-seed{state['seed']}",
+            f"{path}: is another run, of other {' '.join(differs)}; choose another --out, "
+            "or --overwrite")
     for name in parts:
         parts[name].load_state_dict(state[name])
     return state
@@ -961,25 +960,25 @@ def draw_examples(config, runs, slices, path):
     With both methods: the slices, of four scans, on which their Dice differs most and least.
     """
     columns, dice = {"image": None, "rater": slices.masks}, {}
-    for run in [run for run in runs if run["seed"] == config.seed]:
-        model = "teacher" if "teacher" in run else "student"
-        label, network = LABELS[run["method"], model], load_network(run, model)
-        found = predict_probabilities(network.to(slices.images.device), slices.images)
-        columns[label], dice[label] = found > config.threshold, run["metrics"][model]["dice"]
-    one, *_, other = [*dice.values()] * 2
-    most = {}                                            # of each scan, where they differ most
-    for k in np.argsort(-np.abs(np.subtract(one, other)), kind="stable"):
-        most.setdefault(slices.where[k][1], k)
-    picked = list(dict.fromkeys([*most.values()][:2] + [*most.values()][-2:]))
+    for run in runs:
+        if run["seed"] == config.seed:
+            *_, model = run["metrics"]                   # the teacher, if there is one
+            label, network = LABELS[run["method"], model], load_network(run, model)
+            found = predict_probabilities(network.to(slices.images.device), slices.images)
+            columns[label], dice[label] = found > config.threshold, run["metrics"][model]["dice"]
+    gaps = np.ptp(np.array(list(dice.values())), axis=0)
+    most = {slices.where[k][1]: k for k in np.argsort(gaps, kind="stable")}      # of each scan
+    ranked = sorted(most.values(), key=lambda k: -gaps[k])
+    picked = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     figure.suptitle("Of four test scans, those on which the methods differ most (top) and least")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
     for (row, column), axis in np.ndenumerate(axes):
         k, (title, masks) = picked[row], list(columns.items())[column]
-        image, inside = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k], 17, 1, 8)[0] > 0
-        low, high = image[inside.cpu()].quantile(torch.tensor([0.01, 0.99]))     # of the cord
+        image, near = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k, 0:1], 17, 1, 8) > 0
+        low, high = image[near[0].cpu()].quantile(torch.tensor([0.01, 0.99]))    # of the cord
         axis.imshow(image, cmap="gray", vmin=low, vmax=high)
-        caption = "{1}, slice {2}".format(*slices.where[k]) if masks is None else ""
+        caption = "{1}, slice {2}".format(*slices.where[k]) if title == "image" else ""
         axis.set(xticks=[], yticks=[], title=title if row == 0 else "",
                  xlabel=f"Dice {dice[title][k]:.1f} %" if title in dice else caption)
         if masks is not None and masks[k].any():
@@ -1107,8 +1106,8 @@ def phantom_subject(site, generator):
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
     x, y = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1), y + 0.25 * noise(5)
     side = x.abs()
-    build = draw(0.92, 1.06) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
-    wide, deep = build * draw(6.2, 7.3), build * draw(3.9, 4.8)          # radii of the cord
+    build = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
+    wide, deep = build * draw(6.2, 7.5), build * draw(3.9, 5.0)          # radii of the cord
 
     # Muscle with streaks of fat, darker than the cord; the vertebra, nearly black
     muscle, bone, csf = draw(0.3, 1.0), draw(0.05, 0.2), draw(1.6, 2.5)
@@ -1128,8 +1127,8 @@ def phantom_subject(site, generator):
     # brighter by 0.12 to 0.2 once blurred; in front of it a fissure, too narrow for pure CSF
     white, cord = 1 + 0.03 * noise(2), ellipse(x, y, wide, deep)
     image = paint(white, cord)
-    w, h = build * draw(3.6, 4.4), build * draw(2.4, 3.3)
-    ventral = stroke(side, y, 0.48 * w, 0.3 * h, 0.5 * w, 0.6 * h, build * draw(0.6, 1.0))
+    w, h = build * draw(3.6, 4.5), build * draw(2.4, 3.4)
+    ventral = stroke(side, y, 0.48 * w, 0.3 * h, 0.5 * w, 0.6 * h, build * draw(0.6, 1.05))
     dorsal = stroke(side, y, 0.45 * w, 0.3 * h, w - 0.45, 0.45 - h, build * draw(0.38, 0.52))
     bridge = stroke(x, y, -0.48 * w, 0.3 * h, 0.48 * w, 0.3 * h, draw(0.4, 0.6))
     grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6  # union
@@ -1169,22 +1168,21 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
     folder = Path(folder)
     require(not folder.exists(), f"{folder}: is there already; delete it or name another folder")
     print(f"writing the phantom, once, to {folder}", flush=True)
-    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    for s, site in enumerate(sites, start=1):
-        for subject in range(1, subjects + 1):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+        for (s, site), subject in itertools.product(enumerate(sites, 1), range(1, subjects + 1)):
             generator = torch.Generator().manual_seed(10000 * seed + 100 * s + subject)
             image, masks = phantom_subject(site, generator)
-            files = {"image": image}
-            if subject <= subjects // 2:
-                files |= {f"mask-r{r}": mask for r, mask in enumerate(masks, start=1)}
+            raters = range(1, 5) if subject <= subjects // 2 else []
+            files = {"image": image, **{f"mask-r{r}": masks[r - 1] for r in raters}}
             for name, voxels in files.items():
                 affine = np.diag([site.mm, site.mm, site.thick, 1])
                 nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
                 nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
-                nib.save(nifti, unfinished / f"site{s}-sc{subject:02d}-{name}.nii.gz")
-    if not folder.exists():                              # another process may have been faster
-        unfinished.rename(folder)
+                nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
+        os.chmod(unfinished, 0o755)
+        if not folder.exists():                          # another process may have been faster
+            os.rename(unfinished, folder)
 
 
 # --- 13. Command line ----------------------------------------------------------------------------
