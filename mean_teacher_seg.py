@@ -975,9 +975,9 @@ def draw_examples(config, runs, slices, path):
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
     for (row, column), axis in np.ndenumerate(axes):
         k, (title, masks) = picked[row], list(columns.items())[column]
-        image, near = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k, 0:1], 17, 1, 8) > 0
-        low, high = image[near[0].cpu()].quantile(torch.tensor([0.01, 0.99]))    # of the cord
-        axis.imshow(image, cmap="gray", vmin=low, vmax=high)
+        image, near = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k, 0:1], 9, 1, 4) > 0
+        low, high = image[near[0].cpu()].quantile(torch.tensor([0.02, 0.98]))    # of the cord
+        axis.imshow(image, cmap="gray", vmin=2 * low - high, vmax=2 * high - low)
         caption = "{1}, slice {2}".format(*slices.where[k]) if title == "image" else ""
         axis.set(xticks=[], yticks=[], title=title if row == 0 else "",
                  xlabel=f"Dice {dice[title][k]:.1f} %" if title in dice else caption)

@@ -3,6 +3,24 @@
 a closed form, a NumPy loop, or a property that the mathematics demands.
 
     python -m pytest
+
+    part of this file        section of mean_teacher_seg.py that it covers
+    -----------------------  --------------------------------------------------------------
+    U-Net                    2
+    Losses                   3, and the losses of 9 that are ablations
+    Delayed augmentation     4
+    Teacher and ramps        5
+    One training step        6, with a second, naive implementation; the ablations of 9
+    Data                     7: slices, layouts, masks, split
+    Metrics                  8
+    Training and report      9, 10, and of 13 the options
+    Resume                   9, 10: kills, other settings, a full disk, torchrun
+    Predict                  11
+    Bad input                13, and what 7, 9, 11 refuse
+    The phantom              12
+    The file as a whole      1 to 6 as pieces to copy, imports, the README's own loop
+    The notebook             tutorial.ipynb
+    Real scans               7, on the data of ../shared, where they are
 """
 import ast
 import base64
@@ -11,6 +29,7 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -34,8 +53,8 @@ import mean_teacher_seg as mt
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "mean_teacher_seg.py"
-REAL = HERE.parent / "shared" / "data" / "gm-challenge"      # CC0 scans, where somebody put them
 TINY = [site._replace(mm=0.5, size=48, slices=(2, 2), black=site.black // 4) for site in mt.SITES]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +76,11 @@ def rotation(degrees):
     return torch.tensor([[[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]])
 
 
-# --- 2. U-Net ------------------------------------------------------------------------------------
+def entropy(y):
+    return -y * math.log(y) - (1 - y) * math.log(1 - y)
+
+
+# --- U-Net ---------------------------------------------------------------------------------------
 
 def test_unet_has_15_convolutions_and_the_known_number_of_parameters():
     network = mt.UNet(64)
@@ -67,10 +90,9 @@ def test_unet_has_15_convolutions_and_the_known_number_of_parameters():
 
 def test_unet_keeps_the_size_and_returns_logits():
     torch.manual_seed(0)
-    out = mt.UNet(4, 0.0)(3 * torch.randn(2, 1, 16, 40))
-    assert out.shape == (2, 1, 16, 40)
+    network = mt.UNet(4, 0.0)
     with torch.no_grad():
-        network = mt.UNet(4, 0.0)
+        assert network(3 * torch.randn(2, 1, 16, 40)).shape == (2, 1, 16, 40)
         network.out.bias.fill_(-7.0)
         assert network(torch.randn(2, 1, 16, 16)).mean() < -1    # no sigmoid inside
 
@@ -90,7 +112,7 @@ def test_unet_sees_as_far_as_its_layers_reach():
     assert 30 <= 128 - rows.min() <= 100 and 30 <= rows.max() - 128 <= 100
 
 
-# --- 3. Losses -----------------------------------------------------------------------------------
+# --- Losses --------------------------------------------------------------------------------------
 
 def test_dice_loss_by_hand():
     p = torch.tensor([0.5, 0.5, 0.0, 1.0]).view(1, 1, 2, 2)
@@ -115,28 +137,33 @@ def test_losses_are_float32_for_half_precision_input():
     assert mt.consistency_loss(half, half).dtype == torch.float32
 
 
-def test_consistency_loss_by_hand():
+@pytest.mark.parametrize("kind, losses", [
+    ("bce", (math.log(2), -math.log(0.75))),             # ln 2 whatever y is; -ln 0.75
+    ("mse", (0.2 ** 2, 0.25 ** 2))])
+def test_consistency_loss_by_hand(kind, losses):
     logits = torch.tensor([0.0, math.log(3.0)]).view(1, 1, 1, 2)         # p = 0.5, 0.75
     teacher = torch.tensor([0.3, 1.0]).view(1, 1, 1, 2)
-    # ln 2 whatever y is; -ln 0.75
-    bce = (math.log(2), -math.log(0.75))
-    assert mt.consistency_loss(logits, teacher).item() == pytest.approx(sum(bce) / 2, abs=1e-6)
+    valid = torch.tensor([True, True]).view(1, 1, 1, 2)
     second = torch.tensor([False, True]).view(1, 1, 1, 2)
-    assert mt.consistency_loss(logits, teacher, second).item() == pytest.approx(bce[1], abs=1e-6)
-    assert mt.consistency_loss(logits, teacher, second & False).item() == 0
-    assert mt.consistency_loss(logits, teacher, kind="mse").item() == pytest.approx(
-        (0.2 ** 2 + 0.25 ** 2) / 2, abs=1e-6)
-    with pytest.raises(ValueError, match="bce"):
-        mt.consistency_loss(logits, teacher, kind="kl")
+
+    def found(function, *valid):
+        return function(logits, teacher, *valid).item()
+
+    option = mt.step_options(dataclasses.replace(mt.DEMO, consistency=kind), CPU)["consistency"]
+    for function in [option] + [mt.consistency_loss] * (kind == "bce"):
+        assert found(function, valid) == pytest.approx(sum(losses) / 2, abs=1e-6)
+        assert found(function, second) == pytest.approx(losses[1], abs=1e-6)
+        assert found(function, second & False) == 0
+    if kind == "bce":
+        assert found(mt.consistency_loss) == found(mt.consistency_loss, valid)
 
 
 @pytest.mark.parametrize("y", [0.1, 0.5, 0.9])
 def test_consistency_is_least_at_agreement_and_there_the_teachers_entropy(y):
-    entropy = -y * math.log(y) - (1 - y) * math.log(1 - y)
     logit = torch.tensor(math.log(y / (1 - y)), requires_grad=True)
     value = mt.consistency_loss(logit, torch.tensor(y))
     value.backward()
-    assert value.item() == pytest.approx(entropy, abs=1e-6) and abs(logit.grad) < 1e-6
+    assert value.item() == pytest.approx(entropy(y), abs=1e-6) and abs(logit.grad) < 1e-6
     for other in (-3.0, 0.2, 4.0):
         assert mt.consistency_loss(torch.tensor(other), torch.tensor(y)) > value.detach()
 
@@ -153,13 +180,22 @@ def test_equation_2_as_printed_rewards_the_wrong_answer():
     assert right == sorted(right) and right == pytest.approx([-w for w in wrong], rel=1e-3)
 
 
-# --- 4. Delayed augmentation ---------------------------------------------------------------------
+@pytest.mark.parametrize("confidence, counted", [(0.0, [0, 1, 2, 3]), (0.9, [0, 3]), (0.99, [])])
+def test_confidence_leaves_out_what_the_teacher_is_unsure_of(confidence, counted):
+    logits = torch.tensor([3.0, 0.1, -0.1, -3.0]).view(1, 1, 2, 2)     # teacher: 0.95, 0.52, ...
+    option = mt.step_options(dataclasses.replace(mt.DEMO, confidence=confidence), CPU)
+    found = option["consistency"](logits, torch.sigmoid(logits), logits == logits)
+    losses = [entropy(1 / (1 + math.exp(-z))) for z in logits.flatten().tolist()]
+    expected = [losses[k] for k in counted]
+    assert found.item() == pytest.approx(np.mean(expected) if counted else 0, abs=1e-6)
 
-def smooth_images(n=2, height=48, width=48):
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width),
-                          indexing="ij")
+
+# --- Delayed augmentation ------------------------------------------------------------------------
+
+def smooth_images(n=2, channels=1, size=48):
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     return torch.stack([torch.exp(-((x - 0.2 * k) ** 2 + 2 * (y + 0.1) ** 2) / 0.1)
-                        for k in range(n)])[:, None]
+                        for k in range(n * channels)]).view(n, channels, size, size)
 
 
 def test_warp_by_the_identity_changes_nothing():
@@ -218,17 +254,50 @@ def test_sample_affine_stays_in_its_ranges_and_fills_them():
                                                          torch.ones(5), atol=1e-6)
 
 
-def test_delayed_prediction_lines_up_where_an_undelayed_one_does_not():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_delayed_targets_lie_on_the_students_grid(channels):
     # A pointwise linear network commutes with a linear resampling, so the student's f(g(x)) and
-    # the teacher's g(f(x)) must be the same picture; f(x), without the delayed g, must not.
-    network = nn.Conv2d(1, 1, 1, bias=False)
-    x, phi = smooth_images(), torch.cat([rotation(4.5), rotation(-4.5)])
-    student, teacher = network(mt.warp(x, phi)), network(x)
-    assert torch.allclose(student, mt.warp(teacher, phi), atol=1e-6)
-    assert (student - teacher).abs().max() > 0.01 * student.abs().max()
+    # the teacher's g(f(x)) must be the same picture; f(x), without the delayed g, must not be.
+    # (The sigmoid comes between: the teacher's logits are small, where it is a line.)
+    network = nn.Conv2d(channels, 1, 1, bias=False)
+    network.weight.data = torch.linspace(0.02, 0.04, channels).view(1, channels, 1, 1)
+    x, phi = smooth_images(2, channels), torch.cat([rotation(15), rotation(-15)])
+    augmented, inside = mt.augment(x, phi, 0.0)
+    targets = mt.delayed_targets(network, x, phi, 0.0)
+    assert augmented.shape == x.shape and inside.shape == targets.shape == (2, 1, 48, 48)
+    assert augmented.dtype == targets.dtype == torch.float32 and not targets.requires_grad
+    student = torch.sigmoid(network(augmented)).detach()
+    undelayed = torch.sigmoid(network(x)).detach()
+    assert (student - targets)[inside].abs().max() < 1e-5
+    assert (student - undelayed)[inside].abs().max() > 1e-4
+    assert inside.dtype == torch.bool and (targets[~inside] < 0.5).any()
 
 
-# --- 5. Teacher and ramps ------------------------------------------------------------------------
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inside_is_where_phi_reads_from_within_the_image(channels):
+    height, width = 20, 28
+    phi = torch.tensor([[[1.0, 0, 3], [0, 1.0, -2]], [[1.0, 0, -0.5], [0, 1.0, 0]]])
+    phi = torch.cat([phi, rotation(30)])
+    inside = mt.augment(torch.randn(3, channels, height, width), phi)[1]
+    assert inside.shape == (3, 1, height, width)
+    for k, row, column in itertools.product(range(3), range(height), range(width)):
+        right, down = column - (width - 1) / 2, row - (height - 1) / 2
+        x, y = phi[k] @ torch.tensor([right, down, 1.0])
+        margin = min((width - 1) / 2 - abs(x), (height - 1) / 2 - abs(y))
+        if abs(margin) > 1e-3:                           # not a matter of rounding
+            assert inside[k, 0, row, column] == (margin > 0)
+
+
+def test_augment_adds_noise_of_the_given_std_to_every_channel_before_the_warp():
+    torch.manual_seed(0)
+    shift = torch.tensor([[[1.0, 0, 0.5], [0, 1.0, 0.5]]]).repeat(8, 1, 1)
+    for phi, std in ((mt.sample_affine(8, 0.0), 0.1), (shift, 0.05)):    # the mean of 4: half
+        noise = mt.augment(torch.zeros(8, 3, 64, 64), phi, 0.1)[0][..., 1:-1, 1:-1]
+        assert noise.std((0, 2, 3)).tolist() == pytest.approx([std] * 3, rel=0.05)
+        assert torch.corrcoef(noise.transpose(0, 1).flatten(1)).triu(1).abs().max() < 0.05
+
+
+# --- Teacher and ramps ---------------------------------------------------------------------------
 
 def test_update_teacher_matches_its_closed_form():
     torch.manual_seed(0)
@@ -267,37 +336,42 @@ def test_ramps_at_known_epochs():
     assert mt.learning_rate_factor(3, 3, 50) == mt.ramp_up(3, 50)        # shorter than its ramp
 
 
-# --- 6. One training step ------------------------------------------------------------------------
+# --- One training step ---------------------------------------------------------------------------
 
-def batch(n=4, labelled=2, size=16, seed=0):
+def batch(labelled=2, unlabelled=2, size=16, seed=0):
+    """-> images, masks, unlabelled images"""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(n, 1, size, size, generator=generator)
-    return images, (F.avg_pool2d(images, 5, 1, 2)[:labelled] > 0.1).float()
+    images = torch.randn(labelled + unlabelled, 1, size, size, generator=generator)
+    masks = (F.avg_pool2d(images, 5, 1, 2)[:labelled] > 0.1).float()
+    return images[:labelled], masks, images[labelled:]
 
 
-def networks(seed=0, lr=0.1):
-    torch.manual_seed(seed)
-    student = mt.UNet(4, 0.0)
+def networks(lr=0.1, student=None):
+    torch.manual_seed(0)
+    student = student or mt.UNet(4, 0.0)
     return student, mt.make_teacher(student), torch.optim.SGD(student.parameters(), lr=lr)
 
 
 def test_the_loss_is_dice_plus_weight_times_consistency():
     student, teacher, optimizer = networks(lr=0.0)
     mt.update_teacher(mt.UNet(4, 0.0), teacher, 0.5)     # somewhere else than the student
-    images, masks = batch()
+    images, masks, unlabelled = batch()
     torch.manual_seed(5)
-    losses = mt.train_step(student, teacher, optimizer, images, masks, 0, weight=1.7, noise=0.0)
+    losses = mt.train_step(student, teacher, optimizer, images, masks, unlabelled, 0, weight=1.7,
+                           noise=0.0)
     torch.manual_seed(5)
-    phi = mt.sample_affine(4, 4.5)
-    p = torch.sigmoid(student(mt.warp(images, phi))).detach().double().numpy()
-    y = (mt.warp(masks, phi[:2]) >= 0.5).numpy()
+    pairs = [(x, mt.sample_affine(2, 4.5)) for x in (images, unlabelled)]
+    p = np.concatenate([torch.sigmoid(student(mt.warp(*pair))).detach().double().numpy()
+                        for pair in pairs])
+    y = (mt.warp(masks, pairs[0][1]) >= 0.5).numpy()
     dice = -2 * (p[:2] * y).sum() / (p[:2].sum() + y.sum())
     # The teacher was updated after its pass, alpha = min(1/2, 0.99): undo that to ask it again.
     with torch.no_grad():
         for theta, mean in zip(student.parameters(), teacher.parameters()):
             mean.copy_(2 * mean - theta)
-        t = mt.warp(torch.sigmoid(teacher(images)), phi).double().numpy()
-    inside = mt.warp(torch.ones_like(images), phi).numpy() > 0.999
+        t = np.concatenate([mt.warp(torch.sigmoid(teacher(x)), phi).double().numpy()
+                            for x, phi in pairs])
+    inside = np.concatenate([mt.warp(torch.ones_like(x), phi).numpy() > 0.999 for x, phi in pairs])
     bce = -(t * np.log(p) + (1 - t) * np.log(1 - p))[inside].mean()
     assert 0 < inside.sum() < inside.size
     assert losses["dice"].item() == pytest.approx(dice, abs=1e-4)
@@ -305,46 +379,65 @@ def test_the_loss_is_dice_plus_weight_times_consistency():
     assert losses["loss"].item() == pytest.approx(dice + 1.7 * bce, abs=1e-4)
 
 
-def test_weight_zero_gives_the_supervised_gradient():
-    results = []
-    for semi in (False, True):
+def test_at_weight_zero_unlabelled_slices_change_nothing(monkeypatch):
+    noise = torch.randn(9, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    phi = torch.cat([rotation(3.0 * k) for k in range(9)])
+    monkeypatch.setattr(mt, "sample_affine", lambda n, *_, **__: phi[:n])
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise[:len(x)])
+    images, masks, unlabelled = batch(2, 3)
+    unlabelled = 5 + 3 * unlabelled                      # of a very different scanner
+
+    def parameters(semi, images, masks, unlabelled):
         student, teacher, optimizer = networks()
-        images, masks = batch(n=2)
-        torch.manual_seed(1)
-        mt.train_step(student, teacher if semi else None, optimizer, images, masks, 0, weight=0.0)
-        results.append([p.grad.clone() for p in student.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert any(g.abs().max() > 0 for g in results[0])
+        before = nn.utils.parameters_to_vector(student.parameters()).detach()
+        mt.train_step(student, teacher if semi else None, optimizer, images, masks, unlabelled, 0,
+                      weight=0.0)
+        return nn.utils.parameters_to_vector(student.parameters()).detach() - before
 
-
-def test_only_the_student_gets_gradients_and_the_teacher_only_the_average():
-    student, teacher, optimizer = networks()
-    before = [p.clone() for p in teacher.parameters()]
-    mt.train_step(student, teacher, optimizer, *batch(), step=999, alpha=0.9)
-    assert all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad is not None for p in student.parameters())
-    for old, new, theta in zip(before, teacher.parameters(), student.parameters()):
-        assert torch.allclose(new, 0.9 * old + 0.1 * theta, atol=1e-6)
+    expected = parameters(False, images, masks, unlabelled)
+    for extra in (unlabelled, unlabelled[:0]):
+        found = parameters(True, images, masks, extra)
+        assert (found - expected).norm() <= 1e-6 * expected.norm() > 0
+    # And the check can fail: in one pass for both, BatchNorm mixes them.
+    dice = mt.dice_loss
+    monkeypatch.setattr(mt, "dice_loss", lambda p, y: dice(p[:2], y[:2]))
+    joint = parameters(True, torch.cat([images, unlabelled]),
+                       torch.cat([masks, torch.zeros_like(unlabelled)]), unlabelled[:0])
+    assert F.cosine_similarity(joint, expected, dim=0) < 0.9
 
 
 @pytest.mark.parametrize("step, alpha", [(0, 1 / 2), (1, 2 / 3), (8, 0.9), (500, 0.95)])
-def test_the_average_warms_up_as_a_plain_mean(step, alpha):
-    student, teacher, optimizer = networks()
-    old = teacher.out.weight.clone()
+def test_only_the_student_gets_gradients_and_the_teacher_the_average(step, alpha):
+    student, teacher, optimizer = networks()             # which warms up as a plain mean
+    before = [p.clone() for p in teacher.parameters()]
     mt.train_step(student, teacher, optimizer, *batch(), step=step, alpha=0.95)
-    expected = alpha * old + (1 - alpha) * student.out.weight
-    assert torch.allclose(teacher.out.weight, expected, atol=1e-6)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    for old, new, theta in zip(before, teacher.parameters(), student.parameters()):
+        assert torch.allclose(new, alpha * old + (1 - alpha) * theta, atol=1e-6)
 
 
-def test_the_teachers_batchnorm_statistics_come_from_its_own_passes():
+def test_the_teachers_batchnorm_statistics_come_from_its_own_passes_apart():
     student, teacher, optimizer = networks()
     convolution = teacher.down[0][0]
-    images, masks = batch()
+    images, masks, unlabelled = batch()
     with torch.no_grad():                                # what its first BatchNorm will see
-        expected = 0.1 * F.relu(convolution(images)).mean((0, 2, 3))
-    mt.train_step(student, teacher, optimizer, images, masks, 0, noise=0.0)
+        one, other = (F.relu(convolution(x)).mean((0, 2, 3)) for x in (images, unlabelled))
+    mt.train_step(student, teacher, optimizer, images, masks, unlabelled, 0, noise=0.0)
+    expected = 0.9 * 0.1 * one + 0.1 * other
     assert torch.allclose(teacher.down[0][2].running_mean, expected, atol=1e-5)
     assert not torch.allclose(student.down[0][2].running_mean, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("asleep", ["student", "teacher", "both", "supervised"])
+def test_a_network_in_eval_mode_is_refused(asleep):
+    student, teacher, optimizer = networks()
+    before = nn.utils.parameters_to_vector(student.parameters()).clone()
+    student.train(asleep == "teacher")
+    teacher.train(asleep == "student")
+    with pytest.raises(ValueError, match=r"train mode.*\.train\(\)"):
+        mt.train_step(student, None if asleep == "supervised" else teacher, optimizer, *batch(), 0)
+    assert torch.equal(nn.utils.parameters_to_vector(student.parameters()), before)
 
 
 # A second implementation of the mean teacher, on purpose a naive one: NumPy in float64, loops over
@@ -368,23 +461,31 @@ def naive_warp(picture, matrix):
     return result
 
 
-def naive_step(student, teacher, moments, images, masks, step, weight, alpha, lr, decay, degrees,
-               noise):
+def naive_step(student, teacher, moments, images, masks, unlabelled, step, weight, alpha, lr,
+               decay, degrees, noise):
     """Algorithm 1 for one batch; the random draws in the order of train_step. -> three losses."""
+    parts = [images, unlabelled]
     # Scale and two translations are 0 here, but drawn.
-    angles = [torch.empty(len(images)).uniform_(-limit, limit) for limit in (degrees, 0, 0, 0)][0]
-    one, other = torch.randn_like(images), torch.randn_like(images)
-    x, n = images.numpy().astype(float), len(images)
-    cos, sin = np.cos(np.radians(angles.numpy())), np.sin(np.radians(angles.numpy()))
-    phi = [np.array([[cos[b], -sin[b], 0], [sin[b], cos[b], 0]]) for b in range(n)]
-    shown = np.stack([naive_warp(x[b, 0] + noise * one[b, 0].numpy(), phi[b]) for b in range(n)])
+    angles = [[torch.empty(len(part)).uniform_(-limit, limit) for limit in (degrees, 0, 0, 0)][0]
+              for part in parts]
+    one, other = ([torch.randn_like(part) for part in parts] for _ in range(2))
+    angles = np.radians(torch.cat(angles).numpy())
+    phi = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0]]) for a in angles]
+    x, n = torch.cat(parts).numpy().astype(float), len(phi)
+    shown = x + noise * torch.cat(one).numpy()
+    shown = np.stack([naive_warp(shown[b, 0], phi[b]) for b in range(n)])
     y = [naive_warp(masks[b, 0].numpy(), phi[b]) >= 0.5 for b in range(len(masks))]
+
+    def passes(network, x):                              # labelled and unlabelled apart
+        halves = x[:len(masks)], x[len(masks):]
+        return torch.cat([network(torch.from_numpy(half).float()) for half in halves])[:, 0]
+
     with torch.no_grad():
-        guess = teacher(torch.from_numpy(x + noise * other.numpy()).float()).double().numpy()
-    t = [naive_warp(1 / (1 + np.exp(-guess[b, 0])), phi[b]) for b in range(n)]
+        guess = passes(teacher, x + noise * torch.cat(other).numpy()).double().numpy()
+    t = [naive_warp(1 / (1 + np.exp(-guess[b])), phi[b]) for b in range(n)]
     inside = [naive_warp(np.ones(x.shape[2:]), phi[b]) > 0.999 for b in range(n)]
-    z = student(torch.from_numpy(shown[:, None]).float())
-    p = 1 / (1 + np.exp(-z.detach().double().numpy()[:, 0]))
+    z = passes(student, shown[:, None])
+    p = 1 / (1 + np.exp(-z.detach().double().numpy()))
     # eq. 3 and eq. 2, and by hand their derivatives with respect to the logits z
     overlap = sum((p[b] * y[b]).sum() for b in range(len(masks)))
     total = sum(p[b].sum() + y[b].sum() for b in range(len(masks)))
@@ -393,11 +494,11 @@ def naive_step(student, teacher, moments, images, masks, step, weight, alpha, lr
     for b in range(n):
         if b < len(masks):
             gradient[b] += (-2 * y[b] / total + 2 * overlap / total ** 2) * p[b] * (1 - p[b])
-        entropy = -t[b] * np.log(p[b]) - (1 - t[b]) * np.log(1 - p[b])
-        bce += entropy[inside[b]].sum() / count
+        cross_entropy = -t[b] * np.log(p[b]) - (1 - t[b]) * np.log(1 - p[b])
+        bce += cross_entropy[inside[b]].sum() / count
         gradient[b] += weight * (p[b] - t[b]) * inside[b] / count
     student.zero_grad()
-    (z[:, 0] * torch.from_numpy(gradient).float()).sum().backward()
+    (z * torch.from_numpy(gradient).float()).sum().backward()
     remember = min(1 - 1 / (step + 2), alpha)
     for k, (theta, mean) in enumerate(zip(student.parameters(), teacher.parameters())):
         g = theta.grad.double().numpy() + decay * theta.detach().double().numpy()
@@ -411,29 +512,28 @@ def naive_step(student, teacher, moments, images, masks, step, weight, alpha, lr
 
 
 def test_twenty_steps_of_a_second_naive_implementation_give_the_same_losses():
-    # The demo's settings in its first epoch, but for a weight that can be felt. (With its highest
-    # rate, Adam's division of tiny gradients by themselves blows rounding up to 1e-2 in 20 steps.)
-    lr = mt.DEMO.lr * mt.learning_rate_factor(1, *mt.DEMO.epochs, mt.DEMO.lr_ramp)
-    weight, alpha, decay, degrees, noise = 2.9, 0.95, 2e-3, 12.0, 0.1
-    images, masks = batch(size=24)
+    # A smooth network with BatchNorm: at a kink, of a ReLU or a maximum, rounding errors would grow.
+    lr, weight, alpha, decay, degrees, noise = 0.01, 2.9, 0.95, 2e-3, 12.0, 0.1
+    images, masks, unlabelled = batch(2, 3)
     torch.manual_seed(4)
-    student = mt.UNet(4, 0.0)
+    student = nn.Sequential(nn.Conv2d(1, 4, 5, padding=2), nn.BatchNorm2d(4), nn.Tanh(),
+                            nn.Conv2d(4, 1, 5, padding=2))
     teacher = mt.make_teacher(student)
     naive_student, naive_teacher, moments = copy.deepcopy(student), copy.deepcopy(teacher), {}
     optimizer = torch.optim.Adam(student.parameters(), lr=lr, weight_decay=decay, fused=True)
     curves = [], []
     torch.manual_seed(9)
     for step in range(20):
-        losses = mt.train_step(student, teacher, optimizer, images, masks, step, weight, alpha,
-                               degrees=degrees, noise=noise)
+        losses = mt.train_step(student, teacher, optimizer, images, masks, unlabelled, step,
+                               weight, alpha, (degrees, 0.0, 0.0), noise)
         curves[0].append([losses[name].item() for name in ("loss", "dice", "consistency")])
     torch.manual_seed(9)
     for step in range(20):
-        curves[1].append(naive_step(naive_student, naive_teacher, moments, images, masks, step,
-                                    weight, alpha, lr, decay, degrees, noise))
+        curves[1].append(naive_step(naive_student, naive_teacher, moments, images, masks,
+                                    unlabelled, step, weight, alpha, lr, decay, degrees, noise))
     ours, naive = np.array(curves)
-    assert ours[-1, 1] < ours[0, 1] - 0.03               # it does learn
-    assert np.abs(ours - naive).max() < 1e-4
+    assert ours[-1, 1] < ours[0, 1] - 0.05               # it does learn
+    assert np.abs(ours - naive).max() < 3e-6
 
 
 class Recorder(nn.Module):
@@ -450,76 +550,41 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("augmentation", ["delayed", "same"])
 def test_what_student_and_teacher_are_shown(augmentation):
-    student = Recorder()
-    teacher = mt.make_teacher(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    student, teacher, optimizer = networks(0.0, Recorder())
     images, masks = smooth_images(3), torch.zeros(1, 1, 48, 48)
+    config = dataclasses.replace(mt.DEMO, augmentation=augmentation, degrees=20.0, noise=0.0)
     torch.manual_seed(3)
-    mt.train_step(student, teacher, optimizer, images, masks, 0, degrees=20, noise=0.0,
-                  augmentation=augmentation)
+    mt.train_step(student, teacher, optimizer, images[:1], masks, images[1:], 0,
+                  **mt.step_options(config, CPU))
     torch.manual_seed(3)
-    warped = mt.warp(images, mt.sample_affine(3, 20))
-    assert torch.allclose(student.seen[0], warped, atol=1e-6)
-    assert torch.allclose(teacher.seen[0], images if augmentation == "delayed" else warped,
-                          atol=1e-6)
+    warped = mt.warp(images, torch.cat([mt.sample_affine(1, 20), mt.sample_affine(2, 20)]))
+    assert [len(x) for x in student.seen] == [len(x) for x in teacher.seen] == [1, 2]
+    assert torch.allclose(torch.cat(student.seen), warped, atol=1e-6)
+    assert torch.allclose(torch.cat(teacher.seen),
+                          images if augmentation == "delayed" else warped, atol=1e-6)
 
 
 def test_noise_differs_between_student_and_teacher_and_has_the_given_std():
-    student = Recorder()
-    teacher = mt.make_teacher(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    torch.manual_seed(0)
-    mt.train_step(student, teacher, optimizer, torch.zeros(4, 1, 64, 64),
-                  torch.zeros(2, 1, 64, 64), 0, degrees=0.0, noise=0.1)
-    one, other = student.seen[0], teacher.seen[0]
-    assert one.std().item() == pytest.approx(0.1, rel=0.05)
-    assert other.std().item() == pytest.approx(0.1, rel=0.05)
-    assert abs((one * other).mean().item()) < 0.001      # independent
-
-
-def test_aligned_networks_agree_only_when_the_augmentation_is_delayed():
-    # Same weights, pointwise network, no noise: the delayed loss is the teacher's entropy exactly.
-    student = nn.Conv2d(1, 1, 1)
-    student.weight.data.fill_(4.0)
-    student.bias.data.fill_(-2.0)
-    images, phi = smooth_images(), rotation(15).repeat(2, 1, 1)
-    valid = mt.warp(torch.ones_like(images), phi) > 0.999
-    logits, probabilities = student(mt.warp(images, phi)), torch.sigmoid(student(images))
-    delayed = mt.consistency_loss(logits, mt.warp(probabilities, phi), valid, "mse")
-    undelayed = mt.consistency_loss(logits, probabilities, valid, "mse")
-    assert delayed < 0.01 * undelayed
-
-
-def test_confidence_leaves_out_what_the_teacher_is_unsure_of():
-    student = nn.Conv2d(1, 1, 1)
-    student.weight.data.fill_(1.0)
-    student.bias.data.fill_(0.0)
-    teacher = mt.make_teacher(student)
-    images = torch.tensor([3.0, 0.1, -0.1, -3.0]).view(1, 1, 2, 2)     # teacher: 0.95, 0.52, ...
-    options = dict(degrees=0.0, noise=0.0)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    found = [mt.train_step(student, teacher, optimizer, images, torch.zeros(1, 1, 2, 2), 0,
-                           confidence=confidence, **options)["consistency"].item()
-             for confidence in (0.0, 0.9, 0.99)]
-    y = 1 / (1 + math.exp(-3))
-    sure = -y * math.log(y) - (1 - y) * math.log(1 - y)
-    y = 1 / (1 + math.exp(-0.1))
-    unsure = -y * math.log(y) - (1 - y) * math.log(1 - y)
-    assert found == pytest.approx([(sure + unsure) / 2, sure, 0.0], abs=1e-6)
+    student, teacher, optimizer = networks(0.0, Recorder())
+    x = torch.zeros(2, 1, 64, 64)
+    mt.train_step(student, teacher, optimizer, x, x, x, 0, affine=(0.0, 0.0, 0.0), noise=0.1)
+    seen = torch.stack([*student.seen, *teacher.seen])
+    assert seen.flatten(1).std(1).tolist() == pytest.approx([0.1] * 4, rel=0.05)
+    assert torch.corrcoef(seen.flatten(1)).triu(1).abs().max() < 0.1     # all independent
 
 
 def test_autocast_does_not_blur_the_warp():
     # In bfloat16 the sampling grid of a 200 px image would be off by most of a pixel.
-    student = nn.Conv2d(1, 1, 1)
-    teacher = mt.make_teacher(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    images, masks = torch.randn(2, 1, 200, 200), torch.zeros(1, 1, 200, 200)
+    student, teacher, optimizer = networks(0.0, nn.Conv2d(1, 1, 1))
+    options = mt.step_options(dataclasses.replace(mt.DEMO, noise=0.0, consistency="mse"), CPU)
+    x, masks = torch.randn(2, 1, 200, 200), torch.zeros(1, 1, 200, 200)
     found = []
     for amp in (False, True):
         torch.manual_seed(0)
-        found.append(mt.train_step(student, teacher, optimizer, images, masks, 0, noise=0.0,
-                                   consistency="mse", amp=amp)["consistency"].item())
-    assert found[1] == pytest.approx(found[0], rel=0.02)
+        losses = mt.train_step(student, teacher, optimizer, x[:1], masks, x[1:], 0,
+                               **{**options, "amp": amp})
+        found.append(losses["consistency"].item())
+    assert found[1] == pytest.approx(found[0], rel=0.02) and found[0] > 0
 
 
 @pytest.mark.parametrize("semi", [False, True])
@@ -533,75 +598,122 @@ def test_one_batch_can_be_overfitted(semi):
     masks = torch.zeros(2, 1, 32, 32)
     masks[:, :, 12:20, 12:20] = 1.0
     for step in range(60):
-        losses = mt.train_step(student, teacher, optimizer, images[:4 if semi else 2], masks,
-                               step, weight=0.5, alpha=0.9)
+        losses = mt.train_step(student, teacher, optimizer, images[:2], masks, images[2:], step,
+                               weight=0.5, alpha=0.9)
     assert losses["dice"] < -0.85
 
 
-# --- 7. Data -------------------------------------------------------------------------------------
+# --- Data ----------------------------------------------------------------------------------------
+
+SHAPE, GRID, FAST = (40, 36, 3), np.diag([0.5, 0.5, 5.0, 1.0]), dict(crop=32, spacing=0.5)
+
 
 def write_nifti(path, volume, mm=(0.5, 0.5, 5.0), axes="RAS"):
     """Write an array that is in RAS order, stored in another orientation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(volume, np.diag([*mm, 1.0]))
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"),
-                                           nib.orientations.axcodes2ornt(axes))
-    nib.save(image.as_reoriented(turn), path)
+    nib.save(image.as_reoriented(nib.orientations.axcodes2ornt(axes)), path)
 
 
-def cord(seed, shape=(40, 36, 3)):
+def cord(seed, shape=SHAPE):
     """A volume and its SCGM-style mask without any symmetry."""
-    rng = np.random.default_rng(seed)
-    volume = rng.normal(100, 10, shape).astype(np.float32)
+    volume = np.random.default_rng(seed).normal(100, 10, shape).astype(np.float32)
     mask = np.zeros(shape, np.uint8)
     mask[16:28, 12:22] = 2
-    mask[18:24, 14:18] = 1
-    mask[22:24, 18:20] = 1
+    mask[18:24, 14:18] = mask[22:24, 18:20] = 1
     volume[mask == 1] += 60
     return volume, mask
 
 
-def write_scgm(folder, people=(1, 11), sites=(1,), **how):
-    for site in sites:
-        for number in people:
-            volume, mask = cord(100 * site + number)
-            stem = f"site{site}-sc{number:02d}"
-            half = "training" if number <= 10 else "test"
-            write_nifti(folder / half / f"{stem}-image.nii.gz", volume, **how)
-            for rater in range(1, 5) if number <= 10 else ():
-                write_nifti(folder / half / f"{stem}-mask-r{rater}.nii.gz", mask, **how)
+def write_scgm(folder, people=(1, 11), **how):
+    for number in people:
+        volume, mask = cord(100 + number)
+        half = folder / ("training" if number <= 10 else "test")
+        write_nifti(half / f"site1-sc{number:02d}-image.nii.gz", volume, **how)
+        for rater in range(1, 5) if number <= 10 else ():
+            write_nifti(half / f"site1-sc{number:02d}-mask-r{rater}.nii.gz", mask, **how)
 
 
-def write_bids(folder, subjects, runs=(1, 2), labelled_runs=(1,), **how):
+def write_bids(folder, subjects=("sub-a",), runs=(1,), **how):
+    """The first run of each subject has a mask."""
     for k, subject in enumerate(subjects):
         for run in runs:
             volume, mask = cord(101 + k)
             place, stem = Path(subject, "anat"), f"{subject}_run-{run}_T2starw"
             write_nifti(folder / place / f"{stem}.nii.gz", volume, **how)
-            if run in labelled_runs:
+            if run == 1:
                 write_nifti(folder / "derivatives/labels" / place / f"{stem}_gmseg-manual.nii.gz",
                             (mask == 1).astype(np.uint8), **how)
 
 
-FAST = dict(crop=32, spacing=0.5)
-GRID = np.diag([0.5, 0.5, 5.0, 1.0])
+def write_decathlon(folder, cases=("case_1",), unlabelled=(), end="", **how):
+    for k, case in enumerate([*cases, *unlabelled]):
+        volume, mask = cord(101 + k)
+        part = "Tr" if case in cases else "Ts"
+        write_nifti(folder / f"images{part}/{case}{end}.nii.gz", volume, **how)
+        if case in cases:
+            write_nifti(folder / f"labelsTr/{case}.nii.gz", mask, **how)
+
+
+def write_nnunet(folder, **how):
+    write_decathlon(folder, end="_0000", **how)
+
+
+def fast(**changes):
+    return dataclasses.replace(mt.Config(), **{**FAST, **changes})
+
+
+def masked(folder):
+    """A scan with a mask in the BIDS layout, the mask's file. To be overwritten."""
+    write_bids(folder)
+    scan, = mt.find_scans(folder)
+    return scan, scan.masks[mt.ANY]
 
 
 def test_every_layout_and_orientation_gives_the_same_slices(tmp_path):
-    mm = (0.4, 0.6, 3.0)
-    results = []
-    for axes in ("RAS", "LAS", "LPS", "SRA"):
-        write_scgm(tmp_path / axes, mm=mm, axes=axes)
-        write_bids(tmp_path / f"bids-{axes}", ["sub-a"], runs=(1,), mm=mm, axes=axes)
-        for folder in (tmp_path / axes, tmp_path / f"bids-{axes}"):
-            scan = next(s for s in mt.find_scans(folder) if s.masks)
-            results.append(mt.read_scan(scan, dataclasses.replace(mt.Config(), **FAST), True))
+    mm, results = (0.4, 0.6, 3.0), []
+    layouts = write_scgm, write_bids, write_decathlon, write_nnunet
+    for axes, write in itertools.product(("RAS", "LAS", "LPS", "SRA"), layouts):
+        folder = tmp_path / axes / write.__name__
+        write(folder, mm=mm, axes=axes)
+        scan = next(s for s in mt.find_scans(folder) if s.masks)
+        results.append(mt.read_scan(scan, fast(), True))
+    assert len(results[0].images) == 3
     for part in results[1:]:
         assert torch.equal(part.images, results[0].images)
         assert torch.equal(part.masks, results[0].masks)
     # By hand: 40 x 0.4 mm = 16 mm across, 36 x 0.6 = 21.6 mm in front: 32 x 43 px of 0.5 mm.
-    volume, _ = mt.canonical(mt.load_nifti(tmp_path / "LPS/training/site1-sc01-image.nii.gz"))
-    assert mt.to_slices(volume, mm, 0.5).shape == (3, 1, 43, 32)
+    assert mt.to_slices(mt.canonical(mt.load_nifti(scan.image))[0], mm, 0.5).shape == (3, 1, 43, 32)
+
+
+@pytest.mark.parametrize("end", ["", "_0000"])
+def test_the_decathlons_layout_and_nnunets_names(tmp_path, end):
+    write_decathlon(tmp_path, ("case_0001", "case_0002"), ("case_0003",), end)
+    for name in (["case_0001_0001", "case_0003_0001"] if end else []) + [".case_0001", "._x"]:
+        for part in ("imagesTr", "imagesTs"):            # further channels; another system's files
+            (tmp_path / part / f"{name}.nii.gz").write_bytes(b"not to be opened")
+    if end:                                              # a further channel needs its first one
+        (tmp_path / "imagesTs/case_0001_0001.nii.gz").unlink()
+        (tmp_path / "imagesTr/case_0003_0001.nii.gz").unlink()
+    write_nifti(tmp_path / "labelsTs/case_0003.nii.gz", cord(1)[1])      # never to be used
+    (tmp_path / "labelsTr/case_0002.nii.gz").unlink()
+    one, *others = mt.find_scans(tmp_path)
+    assert one.masks == {mt.ANY: tmp_path / "labelsTr/case_0001.nii.gz"}
+    assert [(s.name, s.person, s.site, s.masks) for s in others] == [
+        (name, name, "", {}) for name in ("case_0002", "case_0003")]
+    assert [s.image.parent.name for s in (one, *others)] == ["imagesTr"] * 2 + ["imagesTs"]
+
+
+@pytest.mark.parametrize("label, values", [((1,), [1]), ((2,), [2]), ((1, 2), [1, 2])])
+def test_label_says_which_values_are_foreground(tmp_path, label, values):
+    volume, mask = cord(1)
+    mask[0, 0, 0] = 255                                  # any other whole number: background
+    scan, path = masked(tmp_path)
+    write_nifti(path, mask)
+    assert np.array_equal(mt.read_mask(scan, "4", SHAPE, GRID, label), np.isin(mask, values))
+    config, _ = mt.parse(["--label", *map(str, label)])
+    crop = dataclasses.replace(config, crop=40, spacing=0.5)
+    assert mt.read_scan(scan, crop, True).masks.sum() == np.isin(mask, values).sum()
 
 
 def test_rows_run_from_the_front_and_columns_from_the_left(tmp_path):
@@ -624,9 +736,10 @@ def test_resampling_keeps_a_linear_ramp_and_the_mean():
     assert mt.to_slices(noise, (0.25, 0.25, 5.0), 1.0).std() < 0.4      # antialiased: near 1/4
 
 
-def test_crop_keeps_the_centre_and_pads_what_is_small():
+def test_crop_keeps_the_centre_or_moves_and_pads_what_is_small():
     x = torch.arange(36.0).view(1, 1, 6, 6)
     assert torch.equal(mt.center_crop(x, 2, 2)[0, 0], x[0, 0, 2:4, 2:4])
+    assert torch.equal(mt.center_crop(x, 2, 2, (1, -2))[0, 0], x[0, 0, 3:5, 0:2])
     padded = mt.center_crop(x, 8, 8)
     assert torch.equal(padded[0, 0, 1:7, 1:7], x[0, 0]) and padded.sum() == x.sum()
 
@@ -639,69 +752,93 @@ def test_slices_are_z_scored_one_by_one():
 
 def test_raters_and_majority(tmp_path):
     write_scgm(tmp_path, people=(1,))
-    stem = tmp_path / "training/site1-sc01"
-    votes = np.zeros((4, 40, 36, 3), np.uint8)
+    votes = np.zeros((4, *SHAPE), np.uint8)
     votes[:, 20:24, 16:20] = 1                           # all agree
     votes[:3, 24, 16:20] = 1                             # three of four
     votes[:2, 25, 16:20] = 1                             # two of four: a tie is background
     votes[1:2, 26, 16:20] = 1                            # one of four
     votes[3, 10:15] = 2                                  # white matter is not grey matter
-    for rater in range(4):
-        write_nifti(Path(f"{stem}-mask-r{rater + 1}.nii.gz"), votes[rater])
     scan, = mt.find_scans(tmp_path)
-    for rater in range(4):
-        found = mt.read_mask(scan, str(rater + 1), (40, 36, 3), GRID)
-        assert np.array_equal(found, votes[rater] == 1)
-    found = mt.read_mask(scan, "majority", (40, 36, 3), GRID)
+    for rater in "1234":
+        write_nifti(scan.masks[rater], votes[int(rater) - 1])
+        found = mt.read_mask(scan, rater, SHAPE, GRID)
+        assert np.array_equal(found, votes[int(rater) - 1] == 1)
+    found = mt.read_mask(scan, "majority", SHAPE, GRID)
     assert found[20:25, 16:20].all() and found.sum() == 5 * 4 * 3
-    Path(f"{stem}-mask-r4.nii.gz").unlink()
-    scan, = mt.find_scans(tmp_path)
-    with pytest.raises(mt.InputError, match="site1-sc01-image.nii.gz: no mask of rater 4"):
-        mt.read_mask(scan, "4", (40, 36, 3), GRID)
 
 
-def test_a_mask_with_other_values_or_another_shape_is_refused(tmp_path):
-    write_bids(tmp_path, ["sub-a"], runs=(1,))
-    scan, = mt.find_scans(tmp_path)
-    write_nifti(scan.masks[mt.ANY], np.full((40, 36, 3), 2, np.uint8))   # fine in SCGM
-    with pytest.raises(mt.InputError, match=r"gmseg.*values.*not \(0, 1\)"):
-        mt.read_mask(scan, "4", (40, 36, 3), GRID)
-    write_nifti(scan.masks[mt.ANY], np.ones((40, 36, 3), np.uint8), mm=(0.5, 0.6, 5.0))
-    with pytest.raises(mt.InputError, match="not on the grid"):
-        mt.read_mask(scan, "4", (40, 36, 3), GRID)
-    write_nifti(scan.masks[mt.ANY], np.ones((40, 36, 2), np.uint8))
-    with pytest.raises(mt.InputError, match=r"not on the grid of its image, \(40, 36, 3\)"):
-        mt.read_mask(scan, "4", (40, 36, 3), GRID)
+def turned(angle):
+    affine = np.eye(4)
+    affine[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    return affine
+
+
+def moved(axis, voxels):
+    affine = np.eye(4)
+    affine[axis, 3] = voxels * GRID[axis, axis]
+    return affine
+
+
+@pytest.mark.parametrize("change, fits", [
+    *[(moved(axis, sign * voxels), voxels <= 0.25) for axis in range(3) for sign in (1, -1)
+      for voxels in (0.2, 0.249, 0.251, 0.3)],
+    # About the first voxel's corner of the world, so the last of 300 is off by 300 times the angle
+    (turned(0.0004), True), (turned(0.0008), True), (turned(0.0009), False),
+    (np.diag([1.0008, 1, 1, 1]), True), (np.diag([1.0009, 1, 1, 1]), False)])
+def test_a_mask_may_be_off_by_a_quarter_of_a_voxel_at_the_worst_corner(tmp_path, change, fits):
+    scan, path = masked(tmp_path)
+    mask = np.ones((300, 300, 2), np.uint8)
+    nib.save(nib.Nifti1Image(mask, change @ GRID), path)
+    if fits:
+        assert mt.read_mask(scan, "4", mask.shape, GRID).sum() == mask.size
+    else:
+        with pytest.raises(mt.InputError, match="not on the grid"):
+            mt.read_mask(scan, "4", mask.shape, GRID)
+
+
+@pytest.mark.parametrize("value, fits", [(0, 1), (255, 1), (256, 0), (-1, 0), (0.5, 0), (1.001, 0)])
+def test_a_masks_values_are_whole_numbers_from_0_to_255(tmp_path, value, fits):
+    scan, path = masked(tmp_path)
+    mask = np.ones(SHAPE, np.float32)
+    mask[0, 0, 0] = value
+    write_nifti(path, mask)
+    if fits:
+        assert mt.read_mask(scan, "4", SHAPE, GRID).sum() == mask.size - 1
+    else:
+        with pytest.raises(mt.InputError, match="gmseg.*: has values .*whole"):
+            mt.read_mask(scan, "4", SHAPE, GRID)
 
 
 def test_empty_slices_are_dropped_as_the_paper_counts_them(tmp_path):
-    write_bids(tmp_path, ["sub-a"], runs=(1,))
+    scan, path = masked(tmp_path)
     volume, mask = cord(1)
     volume[:, :, 0], mask[:, :, 1] = 0, 0                # no image; no grey matter
-    scan, = mt.find_scans(tmp_path)
     write_nifti(scan.image, volume)
-    write_nifti(scan.masks[mt.ANY], (mask == 1).astype(np.uint8))
-    config = dataclasses.replace(mt.Config(), **FAST)
-    assert [w[2] for w in mt.read_scan(scan, config, True).where] == [2]
-    assert [w[2] for w in mt.read_scan(scan, config, False).where] == [1, 2]
+    write_nifti(path, mask)
+    assert [w[2] for w in mt.read_scan(scan, fast(), True).where] == [2]
+    assert [w[2] for w in mt.read_scan(scan, fast(), False).where] == [1, 2]
 
 
-def test_grey_matter_outside_the_crop_is_reported(tmp_path, capsys):
-    write_bids(tmp_path, ["sub-a"], runs=(1,))
-    scan, = mt.find_scans(tmp_path)
-    mask = np.zeros((40, 36, 3), np.uint8)
+def test_foreground_outside_the_crop_is_reported_with_a_crop_that_holds_it(tmp_path, capsys):
+    scan, path = masked(tmp_path)
+    mask = np.zeros(SHAPE, np.uint8)
     mask[18:22, 16:20], mask[0:2, 16:20] = 1, 1          # 8 of 24 columns of it far on the left
-    write_nifti(scan.masks[mt.ANY], mask)
-    mt.read_scan(scan, dataclasses.replace(mt.Config(), crop=16, spacing=0.5), True)
+    write_nifti(path, mask)
+    mt.read_scan(scan, fast(crop=16), True)
     warning = capsys.readouterr().out
     assert "warning" in warning and "33%" in warning and "sub-a_run-1" in warning
-    mt.read_scan(scan, dataclasses.replace(mt.Config(), crop=40, spacing=0.5), True)
+    enough = int(re.search(r"--crop (\d+)", warning)[1])
+    assert enough in (40, 48)
+    mt.read_scan(scan, fast(crop=enough), True)
     assert capsys.readouterr().out == ""
 
 
+def split(config):
+    return mt.split_scans(mt.find_scans(config.data), config)
+
+
 def test_the_paper_split_has_no_subject_twice(phantom):
-    scans = mt.find_scans(phantom)
-    sets = mt.split_scans(scans, small(phantom))
+    sets = split(small(phantom))
     names = {key: [scan.subject for scan in part] for key, part in sets.items()}
     assert {key: len(part) for key, part in names.items()} == {
         "train": 8, "val": 8, "test": 12, "unlabelled": 40}
@@ -711,60 +848,77 @@ def test_the_paper_split_has_no_subject_twice(phantom):
         assert sorted(n.split("-")[0] for n in names[key]) == sorted(
             [f"site{s}" for s in range(1, 5)] * count)
     assert all(int(name[-2:]) > 10 for name in names["unlabelled"])
-    again = mt.split_scans(scans, small(phantom, seed=7))
-    other = mt.split_scans(scans, small(phantom, split_seed=1))
-    assert sets == again and sets != other
+    assert sets == split(small(phantom, seed=7)) != split(small(phantom, split_seed=1))
+    for train in (1, 4, 5):                              # more or fewer people to train, no more
+        other = split(small(phantom, split=(train, 2, 3)))
+        assert len(other["train"]) == 4 * train
+        assert all(other[key] == sets[key] for key in ("val", "test", "unlabelled"))
 
 
-def test_subjects_by_name_and_their_further_scans(tmp_path):
-    write_bids(tmp_path, ["sub-aSes1", "sub-aSes2", "sub-b", "sub-c", "sub-d"])
+SUBJECTS = ("sub-aSes1", "sub-aSes2", "sub-b", "sub-c", "sub-d")
 
-    def names(**changes):
-        config = small(tmp_path, train=("sub-aSes1",), test=("sub-b",), **changes)
-        sets = mt.split_scans(mt.find_scans(tmp_path), config)
-        return {key: [scan.name for scan in part] for key, part in sets.items()}
 
-    found = names(val=("sub-c",))
-    assert found["train"] == ["sub-aSes1_run-1"] and found["test"] == ["sub-b_run-1"]
+@pytest.mark.parametrize("unlabelled, expected", [
     # The other scans of the training person are unlabelled, those of test and validation unused.
-    assert found["unlabelled"] == ["sub-aSes1_run-2", "sub-aSes2_run-1", "sub-aSes2_run-2",
-                                   "sub-d_run-1", "sub-d_run-2"]
-    with pytest.raises(mt.InputError, match="no subject sub-z to --exclude"):
-        names(exclude=("sub-z",))
-    assert names(exclude=("sub-aSes2", "sub-d"))["unlabelled"] == [
-        "sub-aSes1_run-2", "sub-c_run-1", "sub-c_run-2"]
-    assert "sub-b_run-2" in names(rescans=True)["unlabelled"]
-    assert "sub-b_run-1" not in names(rescans=True)["unlabelled"]
+    ((), ["sub-aSes1_run-2", *[f"sub-{x}_run-{k}" for x in ("aSes2", "d") for k in (1, 2)]]),
+    (("sub-d",), ["sub-d_run-1", "sub-d_run-2"]),
+    (("sub-b", "sub-c"), ["sub-b_run-2", "sub-c_run-2"]),        # rescans, never the test scan
+    (("sub-aSes1",), ["sub-aSes1_run-2"])])
+def test_subjects_by_name_and_their_further_scans(tmp_path, unlabelled, expected):
+    write_bids(tmp_path, SUBJECTS, runs=(1, 2))
+    sets = split(small(tmp_path, train=("sub-aSes1",), val=("sub-c",), test=("sub-b",),
+                       unlabelled=unlabelled))
+    names = {key: [scan.name for scan in part] for key, part in sets.items()}
+    assert names == {"train": ["sub-aSes1_run-1"], "val": ["sub-c_run-1"],
+                     "test": ["sub-b_run-1"], "unlabelled": expected}
+
+
+def test_unlabelled_subjects_by_name_beside_a_split(tmp_path):
+    write_bids(tmp_path, SUBJECTS, runs=(1, 2))
+    config = small(tmp_path, split=(1, 1, 1))
+    default, named = split(config), split(dataclasses.replace(config, unlabelled=SUBJECTS))
+    for key in ("train", "val", "test"):
+        assert default[key] == named[key] and len({scan.person for scan in named[key]}) == 1
+    people = {scan.person for key in ("val", "test") for scan in default[key]}
+    assert default["unlabelled"] and not any(
+        scan.masks or scan.person in people for scan in default["unlabelled"])
+    taken = named["train"] + named["val"] + named["test"]
+    assert len(named["unlabelled"]) == 10 - len(taken)   # everybody's, but what is used elsewhere
+    assert not [scan for scan in named["unlabelled"] if scan in taken]
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(train=("sub-aSes1",), test=("sub-aSes2",)), "sub-a is in --train and in --test"),
-    (dict(train=("sub-b",), test=("sub-x",)), "no subject sub-x with masks"),
+    (dict(train=("sub-b",), test=("sub-c",), val=("sub-c",)), "sub-c is in --val and in --test"),
+    (dict(train=("sub-b",), test=("sub-x",)), "--test: no subject sub-x"),
     (dict(train=("sub-b",)), "--train and --test must both be given"),
-    (dict(), r"3 people with masks in all, too few for --split \(2, 2, 3\)"),
-])
+    (dict(train=("sub-b",), test=("sub-c",), unlabelled=("sub-z",)), "--unlabelled: no.* sub-z"),
+    (dict(split=(1, 0, 1), unlabelled=("sub-z",)), "--unlabelled: no subject sub-z"),
+    (dict(), r"4 people with masks in all, too few for --split \(2, 2, 3\)")])
 def test_splits_that_cannot_be(tmp_path, changes, message):
-    write_bids(tmp_path, ["sub-aSes1", "sub-aSes2", "sub-b", "sub-c"])
+    write_bids(tmp_path, SUBJECTS)
     with pytest.raises(mt.InputError, match=message):
-        mt.split_scans(mt.find_scans(tmp_path), small(tmp_path, **changes))
+        split(small(tmp_path, **changes))
 
 
 def test_masks_of_unlabelled_subjects_are_never_read(tmp_path):
-    write_bids(tmp_path, ["sub-a", "sub-b", "sub-c"])
+    write_bids(tmp_path / "bids", SUBJECTS, runs=(1, 2))
     write_scgm(tmp_path / "scgm", people=(1, 2, 11))
-    by_name = small(tmp_path, train=("sub-a",), test=("sub-b",))
-    per_site = small(tmp_path / "scgm", split=(1, 0, 1))
-    before = [mt.load_data(config) for config in (by_name, per_site)]
-    poison = np.full((40, 36, 3), np.nan, np.float32)
-    labels = tmp_path / "derivatives/labels"
-    for name in ("sub-a_run-2", "sub-b_run-2", "sub-c_run-1", "sub-c_run-2"):
-        write_nifti(labels / name.split("_")[0] / f"anat/{name}_T2starw_gmseg-x.nii.gz", poison)
-    (labels / "sub-c/anat/sub-c_run-1_T2starw_gmseg-manual.nii.gz").write_bytes(b"not a NIfTI")
-    (labels / "sub-a/anat/sub-a_run-2_T2starw_gmseg-x.nii.gz").unlink()   # labelled otherwise
-    (labels / "sub-b/anat/sub-b_run-2_T2starw_gmseg-x.nii.gz").unlink()
+    write_decathlon(tmp_path / "decathlon", ("a", "b"), ("c",))
+    configs = (small(tmp_path / "bids", train=("sub-b",), test=("sub-c",)),
+               small(tmp_path / "bids", split=(1, 0, 1), unlabelled=("sub-d",)),
+               small(tmp_path / "scgm", split=(1, 0, 1)),
+               small(tmp_path / "decathlon", split=(1, 0, 1)))
+    before = [mt.load_data(config) for config in configs]
+    poison = np.full(SHAPE, np.nan, np.float32)
+    labels, name = tmp_path / "bids/derivatives/labels", "sub-{0}/anat/sub-{0}_run-1_T2starw_gmseg"
+    write_nifti(labels / f"{name.format('aSes1')}-manual.nii.gz", poison)
+    (labels / f"{name.format('d')}-manual.nii.gz").write_bytes(b"not a NIfTI")
     for rater in range(1, 5):
         write_nifti(tmp_path / f"scgm/test/site1-sc11-mask-r{rater}.nii.gz", poison)
-    for old, config in zip(before, (by_name, per_site)):
+    for folder in ("labelsTr", "labelsTs"):
+        write_nifti(tmp_path / f"decathlon/{folder}/c.nii.gz", poison)
+    for old, config in [*zip(before, configs)][::2] + [(before[3], configs[3])]:
         new = mt.load_data(config)
         assert len(new["unlabelled"].images) > 0
         for key in old:
@@ -773,13 +927,7 @@ def test_masks_of_unlabelled_subjects_are_never_read(tmp_path):
             assert torch.equal(old[key].masks, new[key].masks)
 
 
-def test_a_folder_without_scans_is_an_error(tmp_path):
-    for folder, message in ((tmp_path, "no scans found"), (tmp_path / "x", "no such folder")):
-        with pytest.raises(mt.InputError, match=message):
-            mt.find_scans(folder)
-
-
-# --- 8. Metrics ----------------------------------------------------------------------------------
+# --- Metrics -------------------------------------------------------------------------------------
 
 def test_metrics_against_a_loop_over_pixels():
     rng = np.random.default_rng(0)
@@ -787,22 +935,15 @@ def test_metrics_against_a_loop_over_pixels():
     p[0], y[1], p[2], y[2], p[3], y[3] = 0, 0, 0, 0, 1, 1   # empty, both empty, all foreground
     found = mt.segmentation_metrics(torch.from_numpy(p), torch.from_numpy(y))
     for n in range(6):
-        tp = fp = fn = tn = 0
-        for a, b in zip(p[n].flat, y[n].flat):
-            tp, fp, fn, tn = tp + (a and b), fp + (a and not b), fn + (b and not a), tn + (
-                not a and not b)
-        pairs = dict(dice=(2 * tp, 2 * tp + fp + fn), miou=(tp, tp + fp + fn),
-                     accuracy=(tp + tn, 35), precision=(tp, tp + fp), recall=(tp, tp + fn),
-                     specificity=(tn, tn + fp))
-        for name, (top, below) in pairs.items():
+        pairs = list(zip(p[n].flat, y[n].flat))
+        tp, fp, fn, tn = map(pairs.count, [(1, 1), (1, 0), (0, 1), (0, 0)])
+        ratios = dict(dice=(2 * tp, 2 * tp + fp + fn), miou=(tp, tp + fp + fn),
+                      accuracy=(tp + tn, 35), precision=(tp, tp + fp), recall=(tp, tp + fn),
+                      specificity=(tn, tn + fp))
+        for name, (top, below) in ratios.items():
             expected = 100 * top / below if below else 0.0
             assert found[name][n].item() == pytest.approx(expected, abs=1e-4), (n, name)
     assert tuple(found) == mt.METRICS and found["dice"][2] == 0
-
-
-def test_dice_and_iou_hold_their_identity():
-    torch.manual_seed(0)
-    found = mt.segmentation_metrics(torch.rand(9, 1, 8, 8) > 0.5, torch.rand(9, 1, 8, 8) > 0.5)
     dice, iou = found["dice"] / 100, found["miou"] / 100
     assert torch.allclose(dice, 2 * iou / (1 + iou), atol=1e-6)
 
@@ -817,35 +958,38 @@ def test_evaluation_uses_running_statistics_and_changes_nothing():
     assert network.training and ((0 <= one) & (one <= 1)).all()
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     slices = mt.Slices(x, (one > 0.3).float(), [])
-    assert np.allclose(mt.evaluate(network, slices, threshold=0.3)["dice"], 100)
+    config = dataclasses.replace(mt.DEMO, threshold=0.3)
+    assert np.allclose(mt.evaluate(network, slices, config)["dice"], 100)
 
 
-# --- 9, 10, 14. Training, report, command line ---------------------------------------------------
+# --- Training and report -------------------------------------------------------------------------
 
-def run(*arguments, cwd, code=0):
+def run(*arguments, cwd, code=0, launch=(), **environment):
     """The command line in a process of its own."""
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, arguments)], cwd=cwd,
+                          text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert code in (None, done.returncode), done.stdout + done.stderr
     return done
 
 
-TINY_OPTIONS = ("--preset", "demo", "--crop", 32, "--width", 4, "--epochs", 2)
+def table_of(path):
+    return list(csv.DictReader(open(path)))
 
 
 def test_the_command_line_end_to_end(phantom, tmp_path):
-    done = run("--data", phantom, *TINY_OPTIONS, "--runs", 2, "--out", "out", cwd=tmp_path)
+    done = run("--data", phantom, "--preset", "demo", "--crop", 32, "--width", 4, "--epochs", 2,
+               "--runs", 2, "--out", "out", cwd=tmp_path)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "config.json", "table.md", "metrics.csv", "curves.png", "examples.png",
-        *(f"{method}-seed{seed}.{end}" for method in ("supervised", "mean_teacher")
-          for seed in (0, 1) for end in ("pt", "csv"))}
+        *(f"{method}-seed{seed}.{end}" for method in mt.METHODS for seed in (0, 1)
+          for end in ("pt", "csv"))}
     table = (out / "table.md").read_text()
     assert table in done.stdout and "Teacher minus supervised" in table
-    for row in ("supervised", "mean teacher (student)", "mean teacher (teacher)",
-                "paper: supervised", "paper: semi-supervised"):
+    for row in (*mt.LABELS.values(), "paper: supervised", "paper: semi-supervised"):
         assert f"| {row} " in table
-    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    rows = table_of(out / "metrics.csv")
     assert list(rows[0]) == ["method", "seed", "model", "site", "subject", "slice", *mt.METRICS]
     assert len(rows) == 2 * 3 * 12 * 2                   # runs, networks, test subjects, slices
     # The table's mean and std, recomputed from the per-slice file
@@ -854,14 +998,13 @@ def test_the_command_line_end_to_end(phantom, tmp_path):
     expected = f"{np.mean(seeds):.2f} ({np.std(seeds, ddof=1):.2f})"
     line = next(line for line in table.splitlines() if "(teacher)" in line)
     assert line.split("|")[2].strip() == expected
-    log = list(csv.DictReader(open(out / "mean_teacher-seed1.csv")))
+    log = table_of(out / "mean_teacher-seed1.csv")
     assert [row["epoch"] for row in log] == ["1", "2"] and float(log[1]["val_teacher"]) >= 0
     assert json.loads((out / "config.json").read_text())["crop"] == 32
     state = torch.load(out / "mean_teacher-seed0.pt", weights_only=True)
-    network = mt.UNet(4)
-    network.load_state_dict(state["teacher"])
+    mt.UNet(4).load_state_dict(state["teacher"])
     for picture in ("curves.png", "examples.png"):
-        assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert plt.imread(out / picture).std() > 0.05
 
 
 def test_runs_with_one_seed_are_equal_and_with_another_are_not(phantom, tmp_path):
@@ -873,20 +1016,52 @@ def test_runs_with_one_seed_are_equal_and_with_another_are_not(phantom, tmp_path
     assert results[0]["metrics"] == results[1]["metrics"]
 
 
-def test_both_methods_take_the_steps_they_announce(phantom, tmp_path, capsys):
-    data = mt.load_data(small(phantom))
-    assert len(data["train"].images) == 16
-    for method, config in (("supervised", small(phantom, tmp_path, batch=5, epochs=(3, 1))),
-                           ("mean_teacher", small(phantom, tmp_path, batch=5, epochs=(1, 3)))):
-        history = mt.train(config, method, 0, data)["history"]
-        assert [row["step"] for row in history] == [3, 6, 9]     # 16 // 5, the last part dropped
-        assert "3 epochs x 3 steps = 9 steps of 5" in capsys.readouterr().out
-    assert history[0]["weight"] == pytest.approx(2.9 * math.exp(
-        -5 * (1 - 1 / config.consistency_ramp) ** 2))
+@pytest.mark.parametrize("method", mt.METHODS)
+def test_a_run_takes_the_steps_that_it_announces_on_its_schedules(phantom, tmp_path, capsys,
+                                                                  monkeypatch, method):
+    config = small(phantom, tmp_path, batch=5, unlabelled_batch=3, epochs=(3, 4), lr_ramp=2,
+                   consistency_ramp=3, alpha=0.5, alpha_late=0.75, alpha_epochs=1, degrees=1.0,
+                   translation=2.0, scale=0.3, noise=0.4, weight_decay=(0.1, 0.2))
+    data, calls = mt.load_data(config), []
+
+    def fake(student, teacher, optimizer, images, masks, unlabelled, *rest, **options):
+        group, = optimizer.param_groups
+        calls.append((len(images), len(masks), len(unlabelled), teacher is None, group["lr"],
+                      group["weight_decay"], *rest, options["affine"], options["noise"]))
+        return {"dice": torch.tensor(-0.5), "consistency": torch.tensor(0.25)}
+
+    monkeypatch.setattr(mt, "train_step", fake)
+    history = mt.train(config, method, 0, data)["history"]
+    semi = method == "mean_teacher"
+    epochs, steps = 4 if semi else 3, 3                  # 16 // 5, the last part dropped
+    assert f"{epochs} epochs x 3 steps = {3 * epochs} steps of 5 + {3 * semi} slices" in (
+        capsys.readouterr().out)
+    expected = [(5, 5, 3 * semi, not semi, config.lr * mt.learning_rate_factor(epoch, epochs, 2),
+                 0.2 if semi else 0.1, (epoch - 1) * 3 + k, mt.ramp_up(epoch, 3),
+                 0.5 if epoch == 1 else 0.75, (1.0, 2.0, 0.3), 0.4)
+                for epoch in range(1, epochs + 1) for k in range(steps)]
+    assert [call[:7] + call[8:] for call in calls] == [call[:7] + call[8:] for call in expected]
+    weights = [config.consistency_weight * call[7] for call in expected]
+    assert [call[7] for call in calls] == pytest.approx(weights)
+    assert [row["step"] for row in history] == [3 * k for k in range(1, epochs + 1)]
+
+
+def test_an_epoch_shows_every_labelled_slice_once_and_unlabelled_ones_in_turn():
+    def slices(n):
+        images = torch.arange(float(n)).view(n, 1, 1, 1)
+        return mt.Slices(images, 10 + images, [()] * n)
+
+    parts = list(mt.batches(slices(7), slices(5), 2, 3))
+    images, masks, others = (torch.cat(part).flatten() for part in zip(*parts))
+    assert len(parts) == 3 and len(set(images.tolist())) == 6 and len(others) == 9
+    assert torch.equal(masks, images + 10)
+    assert sorted(others[:5].tolist()) == [0, 1, 2, 3, 4]        # all of them before one again
+    (_, _, none), *_ = mt.batches(slices(7), slices(0), 2, 0)
+    assert len(none) == 0
 
 
 def test_training_works_without_unlabelled_and_without_validation_slices(tmp_path):
-    write_bids(tmp_path, ["sub-a", "sub-b"], runs=(1,))
+    write_bids(tmp_path, ["sub-a", "sub-b"])
     config = small(tmp_path, tmp_path / "out", train=("sub-a",), test=("sub-b",))
     results = mt.experiment(config)
     assert set(results["scores"]) == set(mt.LABELS.values())
@@ -902,31 +1077,24 @@ def test_table_and_paired_difference_by_hand():
                                        "mean teacher (teacher)": row(63.0, 65.0, 67.0)})
     # differences 3, 1, 5: mean 3, std 2, standard error 2 / sqrt(3)
     assert difference == pytest.approx((3.0, 2 / math.sqrt(3)))
-    assert "| supervised             | 62.00 (2.00) |" in table and "paper" not in table
-    assert "+3.00 Dice, standard error 1.15 over 3 pairs of runs" in table
+    assert "| supervised             |  62.00 (2.00) |" in table and "paper" not in table
+    assert "+3.00 Dice, standard error 1.15" in table
     assert mt.make_table({"supervised": row(60.0)})[1] is None
-
-
-def test_benchmark_measures_a_step_and_its_parts(capsys):
-    config = dataclasses.replace(mt.DEMO, crop=16, width=4, device="cpu")
-    ms = mt.benchmark(config, seconds=0.5)
-    parts = "draw a batch", "teacher forward", "student forward, backward", "train_step", "predict"
-    assert all(0 < ms[part] < 1000 for part in parts) and "Adam" in capsys.readouterr().out
-    assert ms["ratio"] == ms["train_step"] / (ms[parts[1]] + ms[parts[2]]) > 1
 
 
 def test_every_field_is_an_option_and_help_explains_it():
     config, overwrite = mt.parse(["--data", "d", "--epochs", "7", "--weight-decay", "1e-3", "2e-3",
-                       "--no-amp", "--train", "a", "b", "--rater", "majority"])
+                                  "--precision", "float32", "--train", "a", "b", "--label", "1",
+                                  "2", "--rater", "majority"])
     assert not overwrite and config == dataclasses.replace(
-        mt.Config(), data="d", epochs=(7,), weight_decay=(1e-3, 2e-3), amp=False,
-        train=("a", "b"), rater="majority", out="runs/paper-d")
+        mt.Config(), data="d", epochs=(7,), weight_decay=(1e-3, 2e-3), precision="float32",
+        train=("a", "b"), label=(1, 2), rater="majority", out="runs/paper-d")
     assert mt.parse([])[0] == dataclasses.replace(mt.DEMO, out="runs/demo-phantom")
     assert mt.parse(["--preset", "paper"])[0].width == 64
+    assert mt.parse(["--data", "d", "--preset", "demo", "--overwrite"])[1]
     text = run("--help", cwd=HERE).stdout
     for field in dataclasses.fields(mt.Config):
         assert re.search(f"  --{field.name.replace('_', '-')}[ ,]", text), field.name
-    assert "sub-XSes1 and sub-XSes2" in " ".join(text.split())
 
 
 def test_the_defaults_are_the_papers():
@@ -937,169 +1105,186 @@ def test_the_defaults_are_the_papers():
     assert (paper.consistency_weight, paper.consistency_ramp) == (2.9, 100)
     assert (paper.alpha, paper.alpha_late, paper.alpha_epochs) == (0.99, 0.999, 50)
     assert (paper.degrees, paper.noise ** 2) == (4.5, pytest.approx(0.01))
+    assert (paper.consistency, paper.augmentation, paper.label) == ("bce", "delayed", (1,))
     assert len(set(mt.DEMO.epochs)) == 1                 # the demo: equal steps for both methods
 
 
 # --- Resume --------------------------------------------------------------------------------------
+
+LITTLE = ["--preset", "demo", "--split", "1", "0", "1", "--crop", "16", "--width", "2", "--batch",
+          "2", "--epochs", "1"]
+
 
 @pytest.fixture(scope="session")
 def little(tmp_path_factory):
     """Two people at one site and one unlabelled: the smallest study that trains. -> arguments."""
     folder = tmp_path_factory.mktemp("little")
     write_scgm(folder, people=(1, 2, 11))
-    return ["--data", str(folder), "--preset", "demo", "--split", "1", "0", "1", "--crop", "16",
-            "--width", "2", "--batch", "2"]
+    return ["--data", str(folder), *LITTLE]
 
 
-def weights(path):
-    state = torch.load(path, weights_only=True)
-    return state["metrics"], state["history"], {k: v for name in ("student", "teacher")
-                                                for k, v in state.get(name, {}).items()}
+def main(*arguments):
+    return mt.main([*map(str, arguments)])
+
+
+def refused(capsys, *arguments):
+    """A command line that must end in one line of error, and exit status 2. -> the line"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(*arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def snapshot(folder):
+    return {p: (p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*"))}
 
 
 def assert_same_run(one, other):
-    (metrics, history, parts), (metrics_2, history_2, parts_2) = weights(one), weights(other)
-    assert metrics == metrics_2 and json.dumps(history) == json.dumps(history_2)
-    assert set(parts) == set(parts_2) and all(torch.equal(parts[k], parts_2[k]) for k in parts)
+    """Bit for bit: all of two checkpoints, but for the folder."""
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    for state in (one, other):
+        del state["config"]["out"]
+    tensors = [[v for name in ("student", "teacher") for v in state.get(name, {}).values()]
+               + [v for part in state["optimizer"]["state"].values() for v in part.values()]
+               for state in (one, other)]
+    assert len(tensors[0]) > 100 and all(map(torch.equal, *tensors))
+    for name in set(one) - {"student", "teacher", "optimizer"}:
+        assert json.dumps(one[name]) == json.dumps(other[name])
 
 
 def start(arguments, cwd):
-    return subprocess.Popen([sys.executable, "-u", SCRIPT, *map(str, arguments)], cwd=cwd,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for_an_epoch(process):
-    return any(re.match(r" *\d+/\d+ ", line) for line in process.stdout)
+    """-> a process that has trained its first epoch, or has ended"""
+    process = subprocess.Popen([sys.executable, "-u", SCRIPT, *map(str, arguments)], cwd=cwd,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert any(re.match(r" *epoch \d+ ", line) for line in process.stdout)
+    return process
 
 
 def test_ten_kills_at_random_moments_leave_no_trace(little, tmp_path):
     options = [*little, "--method", "mean_teacher", "--epochs", 300, "--validate-every", 1]
-    mt.main([*map(str, options), "--out", str(tmp_path / "whole")])
-    rng, kills = np.random.default_rng(), 0              # other moments in every run of the tests
-    while kills < 10:
+    main(*options, "--out", tmp_path / "whole")
+    rng = np.random.default_rng()                        # other moments in every run of the tests
+    for _ in range(10):
         process = start([*options, "--out", "killed"], tmp_path)
-        if wait_for_an_epoch(process):
-            time.sleep(rng.uniform(0, 0.1))
-        kills += process.poll() is None
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, "too few epochs for ten kills"
         process.kill()
         process.communicate()
-        assert not (tmp_path / "killed/metrics.csv").exists(), "too few epochs for ten kills"
-    mt.main([*map(str, options), "--out", str(tmp_path / "killed")])
-    name = "mean_teacher-seed0.pt"
-    assert_same_run(tmp_path / "whole" / name, tmp_path / "killed" / name)
+    main(*options, "--out", tmp_path / "killed")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_same_run(*(folder / "mean_teacher-seed0.pt" for folder in (whole, killed)))
     for file in ("metrics.csv", "table.md", "mean_teacher-seed0.csv"):
-        assert (tmp_path / "whole" / file).read_text() == (tmp_path / "killed" / file).read_text()
-    assert {p.name for p in (tmp_path / "killed").iterdir()} == {
-        p.name for p in (tmp_path / "whole").iterdir()}  # no temporary file is left
+        assert (whole / file).read_text() == (killed / file).read_text()
+    # no temporary file is left
+    assert {p.name for p in killed.iterdir()} == {p.name for p in whole.iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_goes_on_and_is_not_done_twice(little, tmp_path, number,
-                                                                  capsys):
-    options = [*little, "--method", "supervised", "--epochs", 60, "--validate-every", 50]
+def test_an_interrupted_run_goes_on_and_is_not_done_twice(little, tmp_path):
+    options = [*little, "--method", "supervised", "--epochs", 500, "--validate-every", 40]
     process = start([*options, "--out", "cut"], tmp_path)
-    assert wait_for_an_epoch(process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "Traceback" not in text and "goes on" in text
-    state = torch.load(tmp_path / "cut/supervised-seed0.pt", weights_only=True)
-    assert 0 < len(state["history"]) < 60 and "metrics" not in state
+    assert process.returncode == 130 and "Traceback" not in text
+    assert text.splitlines()[-1].startswith("interrupted")
+    path = tmp_path / "cut/supervised-seed0.pt"
+    state = torch.load(path, weights_only=True)
+    assert len(state["history"]) in [1, *range(40, 500, 40)] and "metrics" not in state
     for out in ("cut", "whole"):
-        mt.main([*map(str, options), "--out", str(tmp_path / out)])
-    assert_same_run(*(tmp_path / name / "supervised-seed0.pt" for name in ("cut", "whole")))
-    before = (tmp_path / "cut/supervised-seed0.pt").stat().st_mtime_ns
-    mt.main([*map(str, options), "--out", str(tmp_path / "cut")])
-    assert "finished before" in capsys.readouterr().out
-    assert (tmp_path / "cut/supervised-seed0.pt").stat().st_mtime_ns == before
+        main(*options, "--out", tmp_path / out)
+    assert_same_run(path, tmp_path / "whole/supervised-seed0.pt")
+    before = path.stat().st_mtime_ns
+    main(*options, "--out", tmp_path / "cut")
+    assert path.stat().st_mtime_ns == before
 
 
-def test_more_runs_join_and_other_settings_are_refused(little, tmp_path, capsys):
-    options = [*little, "--epochs", "1", "--method", "supervised", "--out", str(tmp_path / "out")]
-    mt.main(options)
-    assert len(mt.main([*options, "--runs", "2"])["scores"]["supervised"]["dice"]) == 2
+def test_more_runs_join_other_settings_are_refused_and_overwrite_trains_anew(little, tmp_path,
+                                                                             capsys):
+    options = [*little, "--method", "supervised", "--out", tmp_path / "out"]
+    main(*options)
+    assert len(main(*options, "--runs", 2)["scores"]["supervised"]["dice"]) == 2
     files = snapshot(tmp_path)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        mt.main([*options, "--lr", "0.5", "--noise", "0.2"])
-    error = capsys.readouterr().err
-    assert "lr 0.006 -> 0.5" in error.replace("0.012", "0.006") and "noise 0.1 -> 0.2" in error
+    error = refused(capsys, *options, "--lr", "0.5", "--noise", "0.2")
+    assert "seed0.pt: is another run, of other lr noise" in error
+    for changes in (["--split-seed", 1], ["--unlabelled", "site1-sc11"], ["--label", 1, 2],
+                    ["--method", "mean_teacher", "--lr", 0.5], ["--seed", 5, "--lr", 0.5]):
+        assert "seed0.pt: is another run" in refused(capsys, *options, *changes)
     assert snapshot(tmp_path) == files
-    mt.main([*options, "--lr", "0.5", "--overwrite"])
-    assert not (tmp_path / "out/supervised-seed1.pt").exists()
-
-
-def test_a_checkpoint_of_other_settings_or_data_is_never_taken_for_this_one(little, tmp_path,
-                                                                            capsys):
-    options = [*little, "--epochs", "1", "--method", "supervised", "--out", str(tmp_path)]
-    mt.main(options)
-    for changes in (["--lr", "0.5"], ["--split-seed", "1"], ["--exclude", "site1-sc11"],
-                    ["--method", "mean_teacher", "--lr", "0.5"]):
-        with pytest.raises(SystemExit):
-            mt.main([*options, *changes])
-        assert "supervised-seed0.pt: is of other settings or data: " in capsys.readouterr().err
-    state = torch.load(tmp_path / "supervised-seed0.pt", weights_only=True)
-    state["where"]["test"] = state["where"]["test"][1:]  # a slice came or went: a file has changed
-    torch.save(state, tmp_path / "supervised-seed0.pt")
-    with pytest.raises(SystemExit):
-        mt.main(options)
-    assert "supervised-seed0.pt: is of other settings or data: not these" in capsys.readouterr().err
+    main(*options, "--lr", "0.5", "--overwrite")         # the runs of this command, no others
+    again, (one, other) = snapshot(tmp_path), sorted((tmp_path / "out").glob("*.pt"))
+    assert again[one] != files[one] and again[other] == files[other]
+    other.unlink()
+    main(*options, "--lr", "0.5")
+    state = torch.load(one, weights_only=True)
+    missing = {**state, "config": {k: v for k, v in state["config"].items() if k != "scale"}}
+    state["where"][2] = state["where"][2][1:]            # a slice came or went: a file has changed
+    for change in (state, missing):                      # or it is of another version
+        torch.save(change, one)
+        assert "seed0.pt: is" in refused(capsys, *options, "--lr", "0.5")
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(little, tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.pt"
-    mt.save(path, {"good": torch.ones(3)})
-    before = path.read_bytes()
+    mt.save(path, lambda file: file.write(b"good"))
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError):
-        mt.save(path, {"good": torch.zeros(3)})
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-    with pytest.raises(SystemExit) as stop:
-        mt.main([*little, "--epochs", "1", "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+        mt.save(path, lambda file: file.write(b"bad"))
+    assert path.read_bytes() == b"good" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert "No space left on device" in refused(capsys, *little, "--out", tmp_path / "out")
+
+
+def torchrun(port):
+    return dict(launch=["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                        str(port)], CUDA_VISIBLE_DEVICES="")
 
 
 def test_torchrun_deals_out_the_runs_and_reports_as_one_process_does(little, tmp_path):
-    options = [*little, "--epochs", "2", "--runs", "2"]
-    one = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    for out, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node",
-                                              "2", "--master-port", "29512"])):
-        done = subprocess.run([sys.executable, *launch, str(SCRIPT), *options, "--out", out],
-                              cwd=tmp_path, env=one, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "one/table.md").read_text() == (tmp_path / "two/table.md").read_text()
-    assert (tmp_path / "one/metrics.csv").read_text() == (tmp_path / "two/metrics.csv").read_text()
+    options = [*little, "--epochs", 2, "--runs", 2]
+    run(*options, "--out", "one", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    run(*options, "--out", "two", cwd=tmp_path, **torchrun(29512))
+    for name in ("table.md", "metrics.csv"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
-def test_a_failing_rank_names_its_run_and_keeps_the_others(little, tmp_path):
-    options = [*little, "--epochs", "1", "--method", "supervised"]
-    run(*options, "--out", "out", cwd=tmp_path)
-    (tmp_path / "out/supervised-seed1.csv").mkdir()      # so that its log cannot be written
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "29513", str(SCRIPT), *options, "--out", "out", "--runs", "3"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "error: supervised, seed 1 on rank 1" in done.stderr
-    assert "metrics" in torch.load(tmp_path / "out/supervised-seed2.pt", weights_only=True)
+def test_a_process_that_fails_fails_all_and_the_same_command_resumes(little, tmp_path):
+    options = [*little, "--method", "supervised", "--runs", 3, "--out", "out"]
+    (tmp_path / "out/supervised-seed1.csv").mkdir(parents=True)  # its log cannot be written
+    done = run(*options, cwd=tmp_path, code=None, **torchrun(29513))
+    assert done.returncode != 0 and "error: " in done.stderr and "seed1.csv" in done.stderr
+    assert not (tmp_path / "out/table.md").exists()
+    (tmp_path / "out/supervised-seed1.csv").rmdir()
+    run(*options, cwd=tmp_path, **torchrun(29514))
+    assert "runs: 3" in (tmp_path / "out/table.md").read_text()
 
 
-# --- 11. Predict ---------------------------------------------------------------------------------
+# --- Predict -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def checkpoint(little, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoint") / "out"
-    mt.main([*little, "--epochs", "40", "--out", str(out)])
+    main(*little, "--epochs", 40, "--out", out)
     return out / "mean_teacher-seed0.pt"
 
 
 def predicted(image, checkpoint, output, *more):
-    mt.main(["predict", str(image), "--checkpoint", str(checkpoint), "--output", str(output),
-             *more])
+    main("predict", image, "--checkpoint", checkpoint, "--output", output, *more)
     return nib.load(output)
+
+
+class Bright(nn.Module):
+    """Knows a structure by its brightness, in standard deviations above the mean."""
+
+    def __init__(self, level=3.3):
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(level))
+
+    def forward(self, x):
+        return 20 * (x - self.level)
 
 
 def test_predict_does_not_care_how_a_scan_is_stored(checkpoint, tmp_path):
@@ -1108,213 +1293,196 @@ def test_predict_does_not_care_how_a_scan_is_stored(checkpoint, tmp_path):
         write_nifti(tmp_path / f"{axes}.nii.gz", cord(7)[0], mm=(0.4, 0.6, 4.0), axes=axes)
         mask = predicted(tmp_path / f"{axes}.nii.gz", checkpoint, tmp_path / f"m-{axes}.nii.gz")
         image = nib.load(tmp_path / f"{axes}.nii.gz")
-        assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
-        assert np.allclose(mask.affine, image.affine, atol=1e-6)
+        assert mask.shape == image.shape and np.allclose(mask.affine, image.affine, atol=1e-6)
         found.append(np.asanyarray(nib.as_closest_canonical(mask).dataobj))
-    assert 0 < found[0].mean() < 1
-    for other in found[1:]:
-        assert np.array_equal(found[0], other)
+    assert 0 < found[0].mean() < 1 and all(np.array_equal(found[0], other) for other in found[1:])
 
 
-def test_predict_keeps_grid_codes_and_units_and_finds_the_place(tmp_path):
-    class Bright(nn.Module):                             # knows grey matter by its brightness
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIL"])
+def test_predict_finds_what_lies_off_centre_only_where_it_is_told_to_look(tmp_path, capsys, axes,
+                                                                          monkeypatch):
+    monkeypatch.setattr(mt, "build_network", lambda config: Bright())
+    config = dataclasses.replace(mt.DEMO, spacing=0.35, crop=64)         # 22.4 mm
+    torch.save({"config": vars(config), "method": "supervised", "seed": 0, "where": [],
+                "history": [], "student": Bright().state_dict()}, tmp_path / "c.pt")
+    volume = np.random.default_rng(0).uniform(0, 10, (101, 120, 3)).astype(np.float32)
+    # 25 mm behind the centre (voxel 59.5), 10 mm to the right of it (voxel 50)
+    volume[62:67, 22:27, 1] = 200.0
+    write_nifti(tmp_path / "i.nii.gz", volume, mm=(0.7, 0.7, 4.0), axes=axes)
+    arguments = tmp_path / "i.nii.gz", tmp_path / "c.pt", tmp_path / "m.nii.gz"
+    assert not np.asanyarray(predicted(*arguments).dataobj).any()
+    warning = capsys.readouterr().out
+    assert f"warning: {arguments[0]}: no foreground" in warning and "--center" in warning
+    mask = predicted(*arguments, "--overwrite", "--center", 25, 10)
+    image = nib.load(arguments[0])
+    assert mask.shape == image.shape and np.allclose(mask.affine, image.affine, atol=1e-6)
+    assert np.array_equal(np.asanyarray(mask.dataobj), image.get_fdata() > 50)
+    assert "warning" not in capsys.readouterr().out
 
-        def forward(self, x):
-            return 20 * (x - 1.5)
 
-    volume = np.zeros((41, 60, 3), np.float32)
-    volume[18:25, 30:33, 1] = 100.0
+def test_predict_on_voxels_of_0_7_mm_a_tilted_grid_and_its_header(tmp_path, monkeypatch):
+    volume = np.zeros((41, 60, 3), np.int16)
+    volume[18:25, 30:33, 1] = 100
     image = nib.Nifti1Image(volume, np.array([[-0.7, 0.05, 0, 9], [0.05, 0.7, 0, 5],
                                               [0, 0, 3, 1], [0, 0, 0, 1.0]]))
     image.set_qform(image.affine, 1)
     image.set_sform(image.affine, 4)
     image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "i.nii.gz")
     config = dataclasses.replace(mt.DEMO, spacing=0.35, crop=64)
-    found = mt.predict_volume(image, Bright(), config)
+    found = mt.predict_volume(mt.load_nifti(tmp_path / "i.nii.gz"), Bright(), config)
     assert found.shape == volume.shape and found.dtype == np.float32
     assert ((found > 0.5) == (volume > 50)).all()        # twice as fine and back: the same voxels
-    nib.save(image, tmp_path / "i.nii.gz")
-    loaded = mt.load_nifti(tmp_path / "i.nii.gz")
-    assert loaded.header["sform_code"] == 4 and loaded.header["qform_code"] == 1
-
-
-def test_predict_on_voxels_of_0_7_mm_and_its_header(checkpoint, tmp_path):
-    volume = cord(3)[0]
-    image = nib.Nifti1Image((volume * 10).astype(np.int16), np.diag([-0.7, 0.7, 4, 1]))
-    image.set_qform(image.affine, 1)
-    image.set_sform(image.affine, 4)
-    image.header.set_xyzt_units("mm", "sec")
-    nib.save(image, tmp_path / "i.nii.gz")
-    mask = predicted(tmp_path / "i.nii.gz", checkpoint, tmp_path / "m.nii.gz")
-    assert mask.shape == volume.shape and np.abs(mask.affine - image.affine).max() < 1e-6
+    monkeypatch.setattr(mt, "build_network", lambda config: Bright())
+    torch.save({"config": vars(config), "method": "supervised", "seed": 0, "where": [],
+                "history": [], "student": Bright().state_dict()}, tmp_path / "c.pt")
+    mask = predicted(tmp_path / "i.nii.gz", tmp_path / "c.pt", tmp_path / "m.nii.gz")
+    assert np.abs(mask.affine - image.affine).max() < 1e-6
     assert mask.header.get_zooms() == image.header.get_zooms()
     assert (mask.header["sform_code"], mask.header["qform_code"]) == (4, 1)
     assert mask.header.get_xyzt_units() == ("mm", "sec")
-    assert set(np.unique(mask.dataobj)) <= {0, 1} and mask.get_data_dtype() == np.uint8
-    maps = predicted(tmp_path / "i.nii.gz", checkpoint, tmp_path / "p.nii", "--probabilities")
-    values = maps.get_fdata()
-    assert maps.get_data_dtype() == np.float32 and 0 <= values.min() < values.max() <= 1
-    assert np.array_equal(values > 0.5, np.asanyarray(mask.dataobj) > 0)
+    assert mask.get_data_dtype() == np.uint8
+    assert np.array_equal(np.asanyarray(mask.dataobj), volume > 50)
 
 
 def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_path, capsys):
     for name in ("a", "b"):
         write_nifti(tmp_path / f"in/{name}.nii.gz", cord(1)[0])
-    arguments = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint),
-                 "--output", str(tmp_path / "out")]
-    assert mt.main(arguments) == [tmp_path / "out/a.nii.gz", tmp_path / "out/b.nii.gz"]
+    arguments = ["predict", tmp_path / "in", "--checkpoint", checkpoint, "--output"]
+    assert main(*arguments, tmp_path / "out") == [tmp_path / f"out/{x}.nii.gz" for x in "ab"]
     files = snapshot(tmp_path)
-    with pytest.raises(SystemExit):
-        mt.main(arguments)
-    assert "--overwrite" in capsys.readouterr().err and snapshot(tmp_path) == files
-    mt.main([*arguments, "--overwrite"])
+    assert "--overwrite" in refused(capsys, *arguments, tmp_path / "out")
+    assert "image itself" in refused(capsys, *arguments, tmp_path / "in", "--overwrite")
+    arguments[1] = tmp_path / "in/a.nii.gz"
+    assert "end it in .nii" in refused(capsys, *arguments, tmp_path / "mask.png")
+    assert snapshot(tmp_path) == files
+    main("predict", tmp_path / "in", *arguments[2:], tmp_path / "out", "--overwrite")
     assert snapshot(tmp_path) == files                   # the same scan, the same bytes
 
 
 def test_predict_warns_when_the_crop_may_have_cut_something(capsys):
-    class Everything(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, x):
-            return 0 * x + 9.0
-
     image = nib.Nifti1Image(cord(1)[0], np.diag([0.5, 0.5, 5, 1]))
-    config = dataclasses.replace(mt.DEMO, crop=16)
-    found = mt.predict_volume(image, Everything(), config, "scan-x")
-    assert "warning: scan-x" in capsys.readouterr().out
-    assert (found[12:28, 10:26] > 0.5).all() and found[:11].max() == 0   # 16 px in the middle
+    config = dataclasses.replace(mt.DEMO, crop=16, spacing=0.25)
+    found = mt.predict_volume(image, Bright(-9.0), config, "scan-x")
+    assert "warning: scan-x: foreground at the border" in capsys.readouterr().out
+    assert (found[17:23, 15:21] > 0.5).all() and found[:15].max() == 0   # 4 mm in the middle
 
 
 # --- Bad input -----------------------------------------------------------------------------------
 
-def snapshot(folder):
-    return {p: (p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*"))}
+def scan_of(folder, of="image", number=1):
+    return folder / f"data/training/site1-sc{number:02d}-{of}.nii.gz"
 
 
-def stem(folder, number=1):
-    return f"{folder}/data/training/site1-sc{number:02d}"
+def changed(change, of="image"):
+    """Change the voxels v and the affine a of a scan's file."""
+    def damage(folder):
+        image = nib.load(scan_of(folder, of))
+        nib.save(nib.Nifti1Image(*change(np.asarray(image.dataobj).copy(), image.affine)),
+                 scan_of(folder, of))
+    return damage
 
 
-def rewrite(path, change, of="mask-r4"):
-    """Read site1-sc01's file, change voxels or affine, write it back."""
-    name = f"{stem(path)}-{of}.nii.gz"
-    image = nib.load(name)
-    nib.save(change(np.asarray(image.dataobj).copy(), image.affine, image.header), name)
+def bytes_of(change):
+    """Change the bytes of a scan's image file."""
+    return lambda f: scan_of(f).write_bytes(change(scan_of(f).read_bytes()))
 
 
-def image_with(change):
-    return lambda folder: rewrite(folder, change, of="image")
+def voxel_size(mm):
+    """Write one of an image's voxel sizes into its header."""
+    def damage(packed):
+        raw = bytearray(gzip.decompress(packed))
+        raw[80:84] = np.float32(mm).tobytes()            # pixdim[1]
+        return gzip.compress(bytes(raw))
+    return bytes_of(damage)
 
 
-def mask_with(change):
-    return lambda folder: rewrite(folder, change)
-
-
-def zero_voxel(folder):
-    raw = bytearray(gzip.decompress(Path(f"{stem(folder)}-image.nii.gz").read_bytes()))
-    raw[80:84] = np.float32(0).tobytes()                 # pixdim[1]
-    Path(f"{stem(folder)}-image.nii.gz").write_bytes(gzip.compress(bytes(raw)))
-
-
-def negative_voxel(folder):
-    raw = bytearray(gzip.decompress(Path(f"{stem(folder)}-image.nii.gz").read_bytes()))
-    raw[84:88] = np.float32(-0.5).tobytes()
-    Path(f"{stem(folder)}-image.nii.gz").write_bytes(gzip.compress(bytes(raw)))
-
-
-def cut_file(folder):
-    path = Path(f"{stem(folder)}-image.nii.gz")
-    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
-
-
-def remove_masks(folder):
-    for path in (folder / "data").rglob("*mask*"):
-        path.unlink()
+def removed(pattern):
+    return lambda f: [path.unlink() for path in (f / "data").rglob(pattern)]
 
 
 def no_grey(folder):
-    for number in (1, 2):
-        for path in (folder / "data/training").glob(f"*sc{number:02d}-mask*"):
-            image = nib.load(path)
-            nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+    for path in (folder / "data/training").glob("*mask*"):
+        write_nifti(path, np.zeros(SHAPE, np.uint8))
 
 
-N = nib.Nifti1Image
+def decathlon(damage):
+    """As the other cases, but in the Decathlon's layout."""
+    def change(folder):
+        shutil.rmtree(folder / "data")
+        write_decathlon(folder / "data", ("a", "b"), ("c",))
+        damage(folder / "data")
+    return change
+
+
 BAD = {
-    "folder missing": (lambda f: (f / "data").rename(f / "gone"), [], "data: no such folder"),
-    "folder empty": (lambda f: shutil.rmtree(f / "data") or (f / "data").mkdir(), [],
-                     "data: no scans found"),
-    "neither layout": (lambda f: shutil.rmtree(f / "data/training") or shutil.rmtree(
-        f / "data/test") or (f / "data/x.nii.gz").write_bytes(b"x"), [], "no scans found"),
-    "truncated": (cut_file, [], "sc01-image.nii.gz: cannot be read"),
-    "not gzip": (lambda f: Path(f"{stem(f)}-image.nii.gz").write_bytes(b"hello" * 99), [],
-                 "sc01-image.nii.gz: cannot be read"),
-    "not a NIfTI": (lambda f: Path(f"{stem(f)}-image.nii.gz").write_bytes(
-        gzip.compress(b"hello" * 999)), [], "sc01-image.nii.gz: cannot be read"),
-    "4-D": (image_with(lambda v, a, h: N(v[..., None].repeat(2, 3), a)), [], "has 4 dimensions"),
-    "2-D": (image_with(lambda v, a, h: N(v[..., 0], a)), [], "has 2 dimensions"),
-    "mask of another shape": (mask_with(lambda v, a, h: N(v[:-1], a)), [], "not on the grid"),
-    "mask of another affine": (mask_with(lambda v, a, h: N(v, a + np.eye(4)[:, [3, 1, 2, 0]])),
-                               [], "not on the grid"),
-    "mask with a 3": (mask_with(lambda v, a, h: N(v + 1, a)), [], "mask-r4.nii.gz: has values"),
-    "mask with a half": (mask_with(lambda v, a, h: N(v / np.float32(2), a)), [], "has values"),
-    "NaN": (image_with(lambda v, a, h: N(np.where(v > 120, np.nan, v), a)), [],
-            "sc01-image.nii.gz: has NaN"),
-    "infinite": (image_with(lambda v, a, h: N(np.where(v > 120, np.inf, v), a)), [], "has NaN or"),
-    "no grey matter": (no_grey, [], "no grey matter in any training"),
-    "zero voxel size": (zero_voxel, [], "sc01-image.nii.gz: cannot be read as NIfTI (pixdim"),
-    "negative voxel size": (negative_voxel, [], "NIfTI (pixdim[1,2,3] should be positive"),
-    "too few subjects": (None, ["--split", "2", "2", "3"], "too few for --split"),
-    "no masks at all": (remove_masks, [], "0 people with masks"),
-    "subject in two sets": (None, ["--train", "site1-sc01", "--test", "site1-sc01"],
+    "folder missing": (lambda f: (f / "data").rename(f / "gone"), "", "data: no such folder"),
+    "folder empty": (removed("*.gz"), "", "data: no scans found"),
+    "no layout": (lambda f: [removed("*.gz")(f), (f / "data/x.nii.gz").touch()], "", "no scans"),
+    "truncated": (bytes_of(lambda b: b[:len(b) // 2]), "", "sc01-image.nii.gz: cannot be read"),
+    "not gzip": (bytes_of(lambda b: b"hello" * 99), "", "sc01-image.nii.gz: cannot be read"),
+    "not a NIfTI": (bytes_of(lambda b: gzip.compress(b"hello" * 999)), "", "image.nii.gz: cannot"),
+    "4-D": (changed(lambda v, a: (v[..., None].repeat(2, 3), a)), "", "has 4 dimensions"),
+    "2-D": (changed(lambda v, a: (v[..., 0], a)), "", "has 2 dimensions"),
+    "mask's shape": (changed(lambda v, a: (v[:-1], a), "mask-r4"), "", "not on the grid"),
+    "mask's affine": (changed(lambda v, a: (v, a + np.eye(4)[:, [3, 1, 2, 0]]), "mask-r4"), "",
+                      "not on the grid"),
+    "mask with a half": (changed(lambda v, a: (v / np.float32(2), a), "mask-r4"), "",
+                         "mask-r4.nii.gz: has values"),
+    "NaN": (changed(lambda v, a: (np.where(v > 120, np.nan, v), a)), "", "image.nii.gz: has NaN"),
+    "infinite": (changed(lambda v, a: (np.where(v > 120, np.inf, v), a)), "", "has NaN or"),
+    "no grey matter": (no_grey, "", "no foreground in any training"),
+    "zero voxel size": (voxel_size(0), "", "sc01-image.nii.gz: cannot be read as NIfTI (pixdim"),
+    "negative size": (voxel_size(-0.5), "", "NIfTI (pixdim[1,2,3] should be positive"),
+    "singular affine": (changed(lambda v, a: (v, np.where(np.arange(4) == 1, a[:, [0]], a))), "",
+                        "sc01-image.nii.gz"),
+    "too few subjects": (None, "--split 2 2 3", "too few for --split"),
+    "no masks at all": (removed("*mask*"), "", "0 people with masks"),
+    "subject in two sets": (None, "--train site1-sc01 --test site1-sc01",
                             "site1-sc01 is in --train and in --test"),
-    "unknown subject": (None, ["--train", "site9-sc01", "--test", "site1-sc01"],
-                        "no subject site9-sc01"),
-    "rater not there": (lambda f: [Path(f"{stem(f, k)}-mask-r4.nii.gz").unlink() for k in (1, 2)],
-                        [], "no mask of rater 4"),
-    "no such rater": (None, ["--rater", "7"], "--rater"),
-    "crop": (None, ["--crop", "20"], "--crop 20: is not a multiple of 8"),
-    "no epochs": (None, ["--epochs", "0"], "--epochs 0: makes no sense"),
-    "no runs": (None, ["--runs", "0"], "--runs 0: makes no sense"),
-    "negative weight": (None, ["--consistency-weight", "-1"], "--consistency-weight -1.0"),
-    "NaN option": (None, ["--lr", "nan"], "--lr nan"),
-    "alpha above 1": (None, ["--alpha", "1.5"], "--alpha 1.5"),
-    "not a number": (None, ["--width", "wide"], "--width"),
-    "unknown option": (None, ["--colour", "red"], "--colour"),
-    "device not there": (None, ["--device", "abacus"], "--device abacus: not to be had"),
-    "device that does not compute": (None, ["--device", "meta"], "--device meta: not to be had"),
-    "three numbers of epochs": (None, ["--epochs", "1", "2", "3"], "--epochs and --weight-decay"),
-    "absurd spacing": (None, ["--spacing", "1e-6"], "above 0.01 mm"),
-    "absurd crop": (None, ["--crop", "8000000"], "at most 2048 px"),
-    "singular affine": (image_with(lambda v, a, h: N(v, np.where(
-        np.arange(4) == 1, a[:, [0]], a))), [], "sc01-image.nii.gz"),
-    "split of two": (None, ["--split", "2", "2"], "--split (2, 2): expected three"),
-    "output is a file": (lambda f: (f / "out").write_text("x"), [], "out"),
+    "unknown subject": (None, "--train site9-sc01 --test site1-sc01", "no subject site9-sc01"),
+    "rater not there": (removed("*mask-r4*"), "", "image.nii.gz: no mask of rater 4"),
+    "no such rater": (None, "--rater 7", "--rater"),
+    "crop": (None, "--crop 20", "--crop 20: is not a multiple of 8"),
+    "no epochs": (None, "--epochs 0", "--epochs 0: is not in 1 to 1e+09"),
+    "no runs": (None, "--runs 0", "--runs 0: is not in 1 to"),
+    "negative weight": (None, "--consistency-weight -1", "--consistency-weight -1.0"),
+    "NaN option": (None, "--lr nan", "--lr nan: is not in"),
+    "alpha above 1": (None, "--alpha 1.5", "--alpha 1.5: is not in 0 to 1"),
+    "background as label": (None, "--label 1 0", "--label 0: is not in 1 to 255"),
+    "not a number": (None, "--width wide", "--width"),
+    "unknown option": (None, "--colour red", "--colour"),
+    "no such precision": (None, "--precision half", "--precision"),
+    "device not there": (None, "--device abacus", "--device abacus: not to be had"),
+    "device that does not compute": (None, "--device meta", "--device meta: not to be had"),
+    "three numbers of epochs": (None, "--epochs 1 2 3", "--epochs and --weight-decay"),
+    "absurd spacing": (None, "--spacing 1e-6", "--spacing 1e-06: is not in 0.02 to"),
+    "absurd crop": (None, "--crop 8000000", "--crop 8000000: is not in 8 to 2048"),
+    "split of two": (None, "--split 2 2", "--split (2, 2): expected three"),
+    "output is a file": (lambda f: (f / "out").write_text("x"), "", "out"),
     "foreign checkpoint": (lambda f: (f / "out").mkdir() or torch.save(
-        {"a": 1}, f / "out/supervised-seed0.pt"), [], "supervised-seed0.pt: is no checkpoint"),
+        {"a": 1}, f / "out/supervised-seed0.pt"), "", "supervised-seed0.pt: is no checkpoint"),
+    "no labelsTr": (decathlon(lambda f: shutil.rmtree(f / "labelsTr")), "", "0 people with masks"),
+    "a half in labelsTr": (decathlon(lambda f: write_nifti(
+        f / "labelsTr/a.nii.gz", np.full(SHAPE, 0.5, np.float32))), "", "a.nii.gz: has values [0.5]"),
+    "4-D in imagesTr": (decathlon(lambda f: write_nifti(
+        f / "imagesTr/a.nii.gz", np.ones((*SHAPE, 2), np.float32))), "", "a.nii.gz: has 4 dim"),
+    "no mask has the label": (decathlon(lambda f: None), "--label 7 9", "--label"),
+    "all faults at once": (lambda f: [scan_of(f, number=k).write_bytes(b"x") for k in (1, 2)], "",
+                           "sc01-image.nii.gz: cannot", "sc02-image.nii.gz: cannot"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, capsys):
-    damage, options, message = BAD[case]
+    damage, options, *messages = BAD[case]
     write_scgm(tmp_path / "data", people=(1, 2, 11))
     if damage:
         damage(tmp_path)
     before = snapshot(tmp_path)
-    arguments = ["--data", tmp_path / "data", "--preset", "demo", "--split", "1", "0", "1",
-                 "--crop", "16", "--width", "2", "--batch", "2", "--epochs", "1", "--out",
-                 tmp_path / "out", *options]
-    with pytest.raises(SystemExit) as stop:
-        mt.main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    error = refused(capsys, "--data", tmp_path / "data", *LITTLE, "--out", tmp_path / "out",
+                    *options.split())
+    assert all(message in error for message in messages)
     after = snapshot(tmp_path)
     assert {path: after.get(path) for path in before} == before
 
@@ -1329,34 +1497,16 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(case, checkpoint, tmp_path
                                                       monkeypatch):
     monkeypatch.chdir(tmp_path)
     state, path = torch.load(checkpoint, weights_only=True), tmp_path / "c.pt"
-    if case == "empty":
-        path.touch()
-    elif case == "truncated":
-        path.write_bytes(checkpoint.read_bytes()[:9999])
-    elif case == "foreign":
-        torch.save({"state_dict": {}}, path)
-    elif case == "pickle":
-        torch.save({**state, "history": Evil()}, path)
-    elif case == "width":
-        state["config"]["width"] = 3
-        torch.save(state, path)
+    if case in ("empty", "truncated"):
+        path.write_bytes(checkpoint.read_bytes()[:9999 if case == "truncated" else 0])
+    elif case != "missing":
+        torch.save({"foreign": {"state_dict": {}}, "pickle": {**state, "history": Evil()},
+                    "width": {**state, "config": {**state["config"], "width": 3}}}[case], path)
     write_nifti(tmp_path / "i.nii.gz", cord(1)[0])
-    with pytest.raises(SystemExit) as stop:
-        predicted(tmp_path / "i.nii.gz", path, tmp_path / "m.nii.gz")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    error = refused(capsys, "predict", tmp_path / "i.nii.gz", "--checkpoint", path, "--output",
+                    tmp_path / "m.nii.gz")
     assert "c.pt" in error and not (tmp_path / "m.nii.gz").exists()
     assert not Path("evil-was-here").exists()
-
-
-def test_all_faults_of_a_folder_are_reported_at_once(tmp_path, capsys):
-    write_scgm(tmp_path / "data", people=(1, 2, 11))
-    for number in (1, 2):
-        Path(f"{stem(tmp_path, number)}-image.nii.gz").write_bytes(b"x")
-    with pytest.raises(SystemExit):
-        mt.main(["--data", str(tmp_path / "data"), "--split", "1", "0", "1", "--crop", "16"])
-    error = capsys.readouterr().err
-    assert "sc01-image" in error and "sc02-image" in error and error.count("\n") == 1
 
 
 def test_a_process_ends_without_a_traceback(tmp_path):
@@ -1366,10 +1516,10 @@ def test_a_process_ends_without_a_traceback(tmp_path):
 
 
 def test_three_hundred_damaged_files(checkpoint, tmp_path, capsys):
-    rng, outcomes = np.random.default_rng(0), []
-    write_nifti(tmp_path / "good.nii.gz", cord(1)[0])
-    good = gzip.decompress((tmp_path / "good.nii.gz").read_bytes())
-    path = tmp_path / "bad.nii.gz"
+    rng, outcomes, path = np.random.default_rng(0), [], tmp_path / "bad.nii.gz"
+    write_nifti(path, cord(1)[0])
+    good = gzip.decompress(path.read_bytes())
+    arguments = path, "--checkpoint", checkpoint, "--output", tmp_path / "m.nii.gz", "--overwrite"
     for k in range(300):
         raw = bytearray(good)
         end = 352 if k % 3 else len(raw)                 # the header alone, or anything
@@ -1382,26 +1532,22 @@ def test_three_hundred_damaged_files(checkpoint, tmp_path, capsys):
         path.write_bytes(packed)
         begin = time.perf_counter()
         try:
-            predicted(path, checkpoint, tmp_path / "m.nii.gz", "--overwrite")
+            main("predict", *arguments)
             outcomes.append("result")
-        except SystemExit as stop:
-            error = capsys.readouterr().err
-            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        except SystemExit:
+            refused(capsys, "predict", *arguments)
             outcomes.append("error")
         assert time.perf_counter() - begin < 10 and path.read_bytes() == bytes(packed)
     assert min(outcomes.count("result"), outcomes.count("error")) > 30
 
 
-# --- 13. The phantom -----------------------------------------------------------------------------
+# --- The phantom ---------------------------------------------------------------------------------
 
-def voxels(folder):
-    return {path.name: np.asanyarray(nib.load(path).dataobj) for path in folder.iterdir()}
-
-
-def test_the_phantom_is_reproducible_and_its_seed_matters(phantom, tmp_path):
+def test_the_phantom_is_reproducible_and_its_seed_matters(tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         mt.write_phantom(tmp_path / name, seed=seed, sites=TINY[:2], subjects=4)
-    one, two, three = (voxels(tmp_path / name) for name in ("one", "two", "three"))
+    one, two, three = ({path.name: np.asanyarray(nib.load(path).dataobj) for path in
+                        (tmp_path / name).iterdir()} for name in ("one", "two", "three"))
     assert set(one) == set(two) and all(np.array_equal(one[k], two[k]) for k in one)
     assert not np.array_equal(one["site1-sc01-image.nii.gz"], three["site1-sc01-image.nii.gz"])
     with pytest.raises(mt.InputError, match="there already"):
@@ -1409,28 +1555,36 @@ def test_the_phantom_is_reproducible_and_its_seed_matters(phantom, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
 
 
-def test_the_phantom_has_the_challenges_files(phantom):
+def test_the_phantom_has_the_challenges_files_in_its_orientations(phantom):
     names = {path.name for path in phantom.iterdir()}
     assert names == {f"site{s}-sc{n:02d}-{kind}.nii.gz" for s in range(1, 5) for n in range(1, 21)
                      for kind in ("image", "mask-r1", "mask-r2", "mask-r3", "mask-r4")
                      if kind == "image" or n <= 10}
+    for s, site in enumerate(TINY, start=1):
+        image = nib.load(phantom / f"site{s}-sc11-image.nii.gz")
+        assert "".join(nib.aff2axcodes(image.affine)) == site.axes
+        assert image.header.get_zooms() == pytest.approx((site.mm, site.mm, site.thick))
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_phantom_looks_like_a_cord(number):
-    site = mt.SITES[number]
-    image, masks = mt.phantom_subject(site, torch.Generator().manual_seed(1))
-    assert site.slices[0] <= len(image) - 2 * site.black <= site.slices[1]
-    inside = slice(site.black, len(image) - site.black)
-    image, masks = image[inside].float(), masks[:, inside]
-    grey, white = masks[3] == 1, masks[3] == 2
-    inner = -F.max_pool2d(-(masks[3] > 0).float(), 5, 1, 2) > 0         # away from the bright CSF
-    assert image[grey & inner].mean() > 1.03 * image[white & inner].mean()
-    area = grey.sum() / len(grey) * site.mm ** 2
-    assert 8 < area < 25                                                # mm2; real ones: 12 to 17
-    assert 50 < (masks[3] > 0).sum() / len(grey) * site.mm ** 2 < 120   # mm2, the whole cord
-    dice = 2 * ((masks[0] == 1) & grey).sum() / ((masks[0] == 1).sum() + grey.sum())
-    assert 0.7 < dice < 1                                               # raters differ
+    site, brighter, dice = mt.SITES[number], [], []
+    for seed in range(4):
+        image, masks = mt.phantom_subject(site, torch.Generator().manual_seed(seed))
+        inside = slice(site.black, len(image) - site.black)
+        assert not image[:inside.start].any() and not image[inside.stop:].any()
+        image, masks = image[inside].float(), masks[:, inside]
+        assert site.slices[0] <= len(image) <= site.slices[1]
+        grey, cord = masks[3] == 1, masks[3] > 0
+        inner = -F.max_pool2d(-cord.float(), 5, 1, 2) > 0              # away from the bright CSF
+        brighter.append(image[grey & inner].mean() / image[cord & ~grey & inner].mean())
+        assert 8 < grey.sum() / len(grey) * site.mm ** 2 < 28          # mm2; real ones: 12 to 17
+        assert 50 < cord.sum() / len(grey) * site.mm ** 2 < 130        # mm2, the whole cord
+        other = masks[0] == 1
+        dice.append(2 * (other & grey).sum() / (other.sum() + grey.sum()))
+    # Grey matter brighter than white by 12 to 20 % in real scans; raters at a Dice of 0.8 to 0.88
+    assert 1.06 < np.mean(brighter) < 1.26 and min(brighter) > 1.0, brighter
+    assert 0.76 < np.mean(dice) < 0.9, dice
 
 
 # --- The file as a whole -------------------------------------------------------------------------
@@ -1442,51 +1596,59 @@ PIECES = {
     "consistency_loss": "consistency_loss(torch.randn(2, 1, 4, 4), torch.rand(2, 1, 4, 4))",
     "sample_affine": "sample_affine(2, 4.5)",
     "warp": "warp(torch.rand(1, 1, 8, 8), torch.eye(2, 3)[None])",
+    "augment": "augment(torch.rand(1, 3, 8, 8), torch.eye(2, 3)[None])",
+    "delayed_targets": "delayed_targets(nn.Conv2d(3, 1, 1), torch.rand(1, 3, 8, 8), "
+                       "torch.eye(2, 3)[None])",
     "make_teacher": "make_teacher(nn.Conv2d(1, 1, 1))",
     "update_teacher": "update_teacher(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), 0.9)",
     "ramp_up": "ramp_up(1, 10)",
     "learning_rate_factor": "learning_rate_factor(1, 10, 2), learning_rate_factor(5, 10, 2)",
     "train_step": "(lambda s, t: train_step(s, t, torch.optim.Adam(s.parameters()), torch.randn("
-                  "4, 1, 8, 8), torch.ones(2, 1, 8, 8), 0))(*[nn.Conv2d(1, 1, 1)] * 2)",
+                  "2, 3, 8, 8), torch.ones(2, 1, 8, 8), torch.randn(4, 3, 8, 8), 0))("
+                  "*[nn.Conv2d(3, 1, 1) for _ in 'st'])",
 }
-
-
-def pieces_of_sections_2_to_6():
-    source = SCRIPT.read_text()
-    paper = source[source.index("# --- 2. U-Net"):source.index("# --- 7. Data")]
-    nodes = [n for n in ast.parse(paper).body]
-    assert all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in nodes)   # no globals
-    segments = {}
-    for n in nodes:
-        first = min([n.lineno, *(d.lineno for d in n.decorator_list)])
-        segments[n.name] = "\n".join(paper.splitlines()[first - 1:n.end_lineno])
-    return segments
 
 
 @pytest.mark.parametrize("name", PIECES)
 def test_each_piece_works_when_pasted_into_an_empty_file(name):
-    segments, wanted, todo = pieces_of_sections_2_to_6(), {}, [name]
-    assert set(segments) == set(PIECES)
+    source = SCRIPT.read_text()
+    paper = source[source.index("# --- 2. U-Net"):source.index("# --- 7. Data")]
+    nodes = ast.parse(paper).body
+    assert all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in nodes)   # no globals
+    assert {n.name for n in nodes} == set(PIECES)
+    wanted, todo = set(), {name}
     while todo:                                          # the pieces that it calls come along
-        piece = todo.pop()
-        wanted[piece] = segments[piece]
-        called = {n.id for n in ast.walk(ast.parse(segments[piece])) if isinstance(n, ast.Name)}
-        todo += (called & set(segments)) - set(wanted)
-    pasted = ("import copy, math, torch; from torch import nn;\nimport torch.nn.functional as F\n"
-              + "\n\n".join(wanted.values()))
-    namespace = {}
-    exec(pasted, namespace)
-    exec(PIECES[name], namespace)
+        wanted |= todo
+        todo = {m.id for n in nodes if n.name in todo for m in ast.walk(n)
+                if isinstance(m, ast.Name) and m.id in PIECES} - wanted
+    pasted = ["import copy, math, torch; from torch import nn", "import torch.nn.functional as F"]
+    pasted += [ast.unparse(n) for n in nodes if n.name in wanted]
+    exec("\n\n".join([*pasted, PIECES[name]]), {})
+
+
+def python(code, cwd):
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE),
+                               "PYTHONDONTWRITEBYTECODE": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_readmes_own_loop_runs_as_it_stands_in_an_empty_folder(tmp_path):
+    blocks = re.findall(r"^```python\n(import torch\b.*?)^```", (HERE / "README.md").read_text(),
+                        re.DOTALL | re.MULTILINE)
+    block, = [block for block in blocks if "delayed_targets" in block]
+    code = [line for line in block.splitlines() if line.strip() and line.strip()[0] != "#"]
+    assert len(code) <= 20 and "mean_teacher_seg" in block and "UNet" not in block
+    ran = python(block + "\nprint('to the end')", tmp_path)
+    assert ran.stdout.endswith("to the end\n") and "Warning" not in ran.stderr
 
 
 def test_importing_does_nothing(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.dont_write_bytecode = True\n"
-            "import mean_teacher_seg, torch\n"
-            "assert 'matplotlib.pyplot' not in sys.modules and torch.initial_seed() == 2026")
-    done = subprocess.run([sys.executable, "-c", "import torch; torch.manual_seed(2026)\n" + code],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+    done = python("import sys, torch; torch.manual_seed(2026)\nimport mean_teacher_seg\n"
+                  "assert 'matplotlib.pyplot' not in sys.modules and torch.initial_seed() == 2026",
+                  tmp_path)
+    assert (done.stdout, done.stderr) == ("", "") and list(tmp_path.iterdir()) == []
 
 
 def test_only_the_six_packages():
@@ -1494,22 +1656,22 @@ def test_only_the_six_packages():
     lines = (HERE / "requirements.txt").read_text().split()
     assert {re.split("[<>=]", line)[0] for line in lines} == six
     for path in (SCRIPT, Path(__file__)):
-        names = {alias.name for node in ast.walk(ast.parse(path.read_text()))
-                 if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in ast.walk(ast.parse(path.read_text()))
-                  if isinstance(node, ast.ImportFrom)}
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import)
+                 for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         roots = {name.split(".")[0] for name in names} - {"mean_teacher_seg"}
         assert roots - set(sys.stdlib_module_names) <= six
 
 
 def test_lines_fit_and_the_licence_is_named():
-    source = SCRIPT.read_text()
-    assert max(map(len, source.splitlines())) <= 99
-    assert source.startswith("# SPDX-License-Identifier: MIT\n")
-    assert source[:source.index("# --- 7. Data")].count("\n") <= 400     # the whole paper
+    for path in (SCRIPT, Path(__file__)):
+        source = path.read_text()
+        assert max(map(len, source.splitlines())) <= 99
+        assert source.startswith("# SPDX-License-Identifier: MIT\n")
+    paper, _ = SCRIPT.read_text().split("# --- 7. Data")
+    assert paper.count("\n") <= 400                      # the whole paper
 
-
-# --- Real scans, where they are ------------------------------------------------------------------
 
 # --- The notebook --------------------------------------------------------------------------------
 
@@ -1579,14 +1741,46 @@ def test_the_notebook_is_committed_with_its_outputs():
     assert len(pictures) >= 18 and "/tmp" not in NOTEBOOK.read_text()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the CC0 scans are not here")
-def test_real_scans_of_six_sessions(tmp_path):
-    config = dataclasses.replace(mt.DEMO, data=str(REAL), train=("sub-10062Ses1", "sub-9709Ses1"),
-                                 test=("sub-9418", "sub-9584"))
-    sets = mt.split_scans(mt.find_scans(REAL), config)
-    assert {key: len(part) for key, part in sets.items()} == {
+# --- Real scans, where they are ------------------------------------------------------------------
+
+DATA = HERE.parent / "shared" / "data"
+
+
+def real(name):
+    return pytest.mark.skipif(not (DATA / name).is_dir(), reason=f"no {name} here")
+
+
+@real("gm-challenge")
+def test_real_cords_of_six_sessions():
+    config = dataclasses.replace(mt.DEMO, data=str(DATA / "gm-challenge"), test=(
+        "sub-9418", "sub-9584"), train=("sub-10062Ses1", "sub-9709Ses1"), crop=64)
+    assert {key: len(part) for key, part in split(config).items()} == {
         "train": 2, "val": 0, "test": 2, "unlabelled": 6}
     data = mt.load_data(config)
     assert len(data["train"].images) == 40 and len(data["test"].images) == 34
     area = data["train"].masks.sum((1, 2, 3)) * config.spacing ** 2
-    assert 10 < area.mean() < 20                          # mm2 of grey matter in a slice
+    assert 10 < area.mean() < 20                         # mm2 of grey matter in a slice
+
+
+@real("hippocampus")
+def test_real_hippocampi_in_the_papers_protocol():
+    config, _ = mt.parse(["--data", str(DATA / "hippocampus"), "--preset", "demo", "--split", "8",
+                          "8", "12", "--spacing", "1", "--crop", "48", "--label", "1", "2"])
+    sets, data = split(config), mt.load_data(config)
+    assert [len(part) for part in sets.values()] == [8, 8, 12, 40]
+    assert len({scan.person for part in sets.values() for scan in part}) == 68
+    assert [len({scan for _, scan, _ in part.where}) for part in data.values()] == [8, 8, 12, 40]
+    whole, front, back = (sum(mt.read_mask(scan, "4", shape_of(scan), affine_of(scan), label).sum()
+                              for scan in sets["train"]) for label in ((1, 2), (1,), (2,)))
+    assert whole == front + back == data["train"].masks.sum() and min(front, back) > 0.2 * whole
+
+
+@real("hippocampus")
+def test_a_published_mask_with_a_header_off_in_its_fourth_decimal(tmp_path):
+    scan = mt.find_scans(DATA / "hippocampus")[0]
+    mask = nib.load(scan.masks[mt.ANY])
+    nib.save(nib.Nifti1Image(np.asanyarray(mask.dataobj), turned(0.0004) @ mask.affine),
+             tmp_path / "m.nii.gz")
+    other = scan._replace(masks={mt.ANY: tmp_path / "m.nii.gz"})
+    one, two = (mt.read_scan(s, fast(spacing=1.0, crop=48), True) for s in (scan, other))
+    assert len(one.masks) and torch.equal(one.masks, two.masks)
