@@ -2,12 +2,12 @@
 """Mean-teacher semi-supervised segmentation, in one file.
 
 The method of C. S. Perone and J. Cohen-Adad, "Deep semi-supervised segmentation with
-weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. A student network f(theta)
-learns from a few labelled slices. A teacher f(theta') is the exponential moving average of its
-weights. On labelled and unlabelled slices alike, the student is pulled towards the teacher.
+weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657: to outline the grey matter in
+MRI slices of the spinal cord. A student network f(theta) learns from a few labelled slices. A
+teacher f(theta') is the exponential moving average of its weights. On labelled and unlabelled
+slices alike, the student is pulled towards the teacher.
 
-    Algorithm 1, as section 6 of this file builds it. (The paper prints g(x; phi') at the teacher's
-    input. That is the noise; the paper's section 2.1 delays the transformation, as in line 4.)
+    Algorithm 1, as section 6 of this file builds it
      1  for each mini-batch of slices x, the first of them with masks y
      2      draw phi, a small affine transformation for every slice
      3      z  = f(theta, g(x + noise; phi))           student: transformed BEFORE its forward pass
@@ -18,9 +18,12 @@ weights. On labelled and unlabelled slices alike, the student is pulled towards 
      8      update theta with Adam                     no gradient goes through the teacher
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta  (eq. 1)
+    (The paper prints line 4 as f(theta', g(x; phi')), with a phi' of its own. That is the noise;
+    its section 2.1 delays the transformation, as here.)
 
     python mean_teacher_seg.py                    demo: a phantom, both methods, minutes on a CPU
-    python mean_teacher_seg.py --data DIR         your scans (SCGM, BIDS, Decathlon), paper preset
+    python mean_teacher_seg.py --data DIR         your scans, the paper's settings; DIR in the
+        layout of the Spinal Cord Grey Matter challenge (SCGM), of BIDS or of the Decathlon
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
     python mean_teacher_seg.py --help             every number of the paper is an option
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
@@ -30,9 +33,9 @@ weights. On labelled and unlabelled slices alike, the student is pulled towards 
 MEASURED_LINE
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
-6 training step. That is the paper. Then 7 data, 8 metrics, 9 training, 10 experiment,
-11 predict, 12 phantom, 13 command line. A bare "section 4" is this file's; the paper's are
-"paper, section 2.1".
+6 training step. That is the paper; 3 to 6 need copy, math and torch only. Then 7 data, 8 metrics,
+9 training, 10 experiment, 11 predict, 12 phantom, 13 command line. A bare "section 4" is this
+file's; the paper's are "paper, section 2.1".
 """
 import argparse
 import collections
@@ -63,7 +66,7 @@ from torch import nn
 # authors: the paper is silent, and the value is that of the first author's public code for these
 # data (github.com/perone/medicaltorch) and for the follow-up study with the same settings
 # (github.com/neuropoly/domainadaptation); the paper's own training code was never published.
-# here: our choice. Every field is an option of the command line, and its text is --help's.
+# here: our choice. Every field is an option of the command line; --help prints these texts.
 
 def option(default, text, least=0, most=1e9, choices=None):
     return dataclasses.field(default=default, metadata={
@@ -103,23 +106,23 @@ class Config:
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
     # The consistency is a mean over all N pixels, Dice a ratio over the F of foreground: beside
-    # Dice, w pulls at a pixel in proportion to F / N. That is 0.4 % in the paper's 50 mm crop and
-    # 6 % in DEMO's 16 mm, where the same w is fifteen times as strong: tune it for your own data.
+    # Dice, w pulls at a pixel in proportion to F / N, so keep w F / N when you change the crop.
+    # F / N is 0.4 % in the paper's 50 mm, 6 % in DEMO's 16 mm: there 2.9 is a strong pull.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of that ramp-up")
-    alpha: float = option(0.99, "EMA decay at first; the teacher remembers 1/(1-it) steps", 0, 1)
+    alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
     alpha_epochs: int = option(50, "epochs with the first of the two")
     consistency: str = option("bce", "or mse, worse (paper, section 2)", choices=["bce", "mse"])
     augmentation: str = option("delayed", "same: one warped input for both (paper, section 2.1)",
                                choices=["delayed", "same"])
-    confidence: float = option(0.0, "leave out pixels of max(y, 1-y) below; did not help",
-                               0, 1)
+    confidence: float = option(0.0, "leave out where a teacher's max(y, 1-y) is below; did "
+                               "not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of added noise: N(0, 0.01) read as variance; or else 0.01")
+    noise: float = option(0.1, "std of added noise, its N(0, 0.01) read as variance")
     # Evaluation and machine, all decided here
     threshold: float = option(0.5, "probability above which a pixel is foreground", 0, 1)
     validate_every: int = option(10, "epochs between two validations, progress lines, saves", 1)
@@ -137,7 +140,7 @@ DEMO = dataclasses.replace(
     batch=4, unlabelled_batch=4,                         # more steps in the same time
     lr=3e-3, lr_ramp=3,                                  # a narrow network bears a higher rate
     weight_decay=(2e-3,),                                # a higher rate, a shorter run: stronger
-    alpha=0.95, alpha_late=0.99, alpha_epochs=8,         # memory: 20, then 100 of some 600 steps
+    alpha=0.95, alpha_late=0.99, alpha_epochs=8,         # memory: 20, then 100 of 690 steps
     degrees=12.0, validate_every=5)                      # more rotation: 8 subjects are few
 
 
@@ -205,7 +208,7 @@ def dice_loss(probabilities, masks):
     # single pixel would swing the ratio, weigh as little as they should. And no class weights: the
     # 99.6 % background pixels, where rightly called background, add nothing to either sum.
     p, y = probabilities.float(), masks.float()
-    smooth = 1e-4                                        # an empty batch, empty prediction: -1
+    smooth = 1e-4                                        # no 0 / 0 without any foreground
     return -(2 * (p * y).sum() + smooth) / (p.sum() + y.sum() + smooth)
 
 
@@ -234,19 +237,20 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
 # slice, is not: pixel by pixel the two speak of different places (paper, section 2.1). Feeding
 # both the same rotated slice lines them up, but asks for no agreement between two views of the
 # same cord. So: the student's INPUT and the teacher's OUTPUT are warped, by one and the same phi.
-# No gradient flows through the teacher, so its output is a target like a mask, and may be warped.
+# No gradient flows through the teacher: its output is a constant target like a mask, and may be
+# warped like one.
 
 def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     """Draw n random affine transformations phi, uniform in the given ranges.
 
     degrees: rotation in +- degrees; translation: +- px along both axes; scale: 1 +- scale.
-    -> phi (n, 2, 3) float32. It maps where a pixel of the result lies, in px right of and below
-    the image's centre, to where its value is taken. Source: paper, sections 2.1 and 3.1.
+    -> phi (n, 2, 3) float32, from a pixel of the result (px right of and below the image's centre)
+    to the place that its value is taken from. Source: paper, sections 2.1 and 3.1.
     """
     def uniform(limit):
         return torch.empty(n, device=device).uniform_(-limit, limit)
 
-    # phi maps output to input, so it is the inverse of what happens to the picture.
+    # From output to input: the inverse of what happens to the picture.
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([cos, -sin, uniform(translation), sin, cos, uniform(translation)], dim=1)
@@ -262,14 +266,14 @@ def warp(images, phi):
     height, width = images.shape[-2:]
     # affine_grid counts from -1 to 1 across each side, whatever its length: convert px to that,
     # or a rotation would shear an image that is not square.
-    theta = phi.clone()
-    theta[:, 0, 1] *= height / width
-    theta[:, 1, 0] *= width / height
-    theta[:, 0, 2] *= 2 / width
-    theta[:, 1, 2] *= 2 / height
+    matrix = phi.clone()
+    matrix[:, 0, 1] *= height / width
+    matrix[:, 1, 0] *= width / height
+    matrix[:, 0, 2] *= 2 / width
+    matrix[:, 1, 2] *= 2 / height
     # Not in bfloat16, wherever this is called: 8 bits are too few for a place among 200 px.
     with torch.autocast(images.device.type, enabled=False):
-        grid = F.affine_grid(theta, images.shape, align_corners=False)
+        grid = F.affine_grid(matrix, images.shape, align_corners=False)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros",
                              align_corners=False)
 
@@ -304,8 +308,8 @@ def delayed_targets(teacher, images, phi, noise=0.1):
 def make_teacher(student):
     """A copy of the student that no gradient reaches. Any nn.Module -> the same type.
 
-    A teacher with random weights of its own (as in some public code) would pull the student
-    towards noise until the average has forgotten it. Source: paper, section 2.
+    A teacher with random weights of its own (authors) would pull the student towards noise until
+    the average has forgotten it. Source: paper, section 2.
     """
     return copy.deepcopy(student).requires_grad_(False).train()
 
@@ -316,8 +320,8 @@ def update_teacher(student, teacher, alpha):
     """
     # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
     # need not be: the teacher runs in train mode on every batch (Dropout on, too) and so keeps
-    # statistics of its own activations. What must not happen, and often has: to skip the buffers
-    # and run the teacher in eval mode. They would stay at mean 0 and variance 1 for ever. A
+    # statistics of its own activations. The common bug is to skip the buffers AND run the teacher
+    # in eval mode: they stay as they were copied, at mean 0 and variance 1 in a fresh network. A
     # teacher that has to run in eval mode needs the student's buffers copied here.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
@@ -327,7 +331,7 @@ def ramp_up(epoch, length):
     """Sigmoid-shaped ramp exp(-5 (1 - epoch / length)^2), from about 0 to 1; 1 from then on.
 
     epoch: counted from 1; length in epochs, 0: no ramp. -> float in (0, 1]. Source: paper, section
-    3.1 names the ramps; their shape is the one of the cited mean teacher (its reference 12).
+    3.1 names the ramps; the shape is that of the first mean teacher (Tarvainen & Valpola 2017).
     """
     return math.exp(-5 * (1 - min(epoch / length, 1)) ** 2) if length else 1.0
 
@@ -335,7 +339,8 @@ def ramp_up(epoch, length):
 def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 at the last one.
 
-    epoch: counted from 1. -> float in [0, 1], to multiply eta with. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], to multiply eta with. In the last epoch, at 0, the
+    student rests and the teacher closes up. Source: paper, section 3.1.
     """
     if epoch <= ramp:
         return ramp_up(epoch, ramp)
@@ -352,7 +357,8 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     images (L, C, H, W) float, z-scored, with masks (L, 1, H, W) in {0, 1}; unlabelled (U, C, H,
     W), U may be 0; step: how many were taken before; weight: w; affine: degrees, translation and
     scale for sample_affine; noise: its std. teacher None: the supervised baseline, which ignores
-    unlabelled. -> dict of float32 scalars on the device: loss, dice, consistency.
+    unlabelled. -> dict of float32 scalars on the device: loss, dice, consistency. The caller
+    counts step, ramps weight, sets alpha and the learning rate, as train() of section 9 does.
     ValueError if a network is in eval mode.
     """
     if not (student.training and (teacher is None or teacher.training)):
@@ -360,13 +366,14 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
                          ".train() on both, also after every evaluation")
     # Labelled and unlabelled slices pass through the networks apart, as in the authors' code. In
     # one pass BatchNorm would normalise each kind by the mean of both, and unlabelled slices would
-    # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline.
+    # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline, step by
+    # step. (Only the running statistics, which count at evaluation, then see both kinds.)
     parts = [images] if teacher is None or len(unlabelled) == 0 else [images, unlabelled]
     phis = [sample_affine(len(x), *affine, device=x.device) for x in parts]               # line 2
     views = [augment(x, phi, noise) for x, phi in zip(parts, phis)]
     y = (warp(masks, phis[0]) >= 0.5).float()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        if teacher is not None:      # before the student, whose activations must be kept
+        if teacher is not None:      # first: less memory, while no student's activations wait
             targets = [targets_of(teacher, x, phi, noise) for x, phi in zip(parts, phis)]  # line 4
         logits = [student(augmented) for augmented, _ in views]                           # line 3
     loss = dice = dice_loss(torch.sigmoid(logits[0].float()), y)                          # line 5
@@ -382,9 +389,9 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     optimizer.step()                                                                      # line 8
     step += 1                                                                             # line 9
     if teacher is not None:
-        # A plain mean at first, 1/2, 2/3, 3/4, ... (authors), until alpha takes over: 0.99 at step
-        # 100. Where the paper's 0.999 replaces it, at epoch 51 = step 501, this still allows only
-        # 0.998; 0.999 itself is reached at step 1000.
+        # A plain mean at first, 1/2, 2/3, 3/4, ... (authors), until alpha takes over, 0.99 at step
+        # 100. At epoch 51 the paper goes on to 0.999; with its 10 steps an epoch this min() then
+        # allows 0.998, and 0.999 itself not before step 1000.
         update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))                  # line 10
     return {"loss": loss.detach(), "dice": dice.detach(), "consistency": agreement.detach()}
 
@@ -664,7 +671,7 @@ def mean_dice(model, slices, config):
 # --- 9. The training loop ------------------------------------------------------------------------
 
 def build_network(config):
-    """The one place where the network is built: put your own here."""
+    """The one place where the network is built: put your own here, one channel in and one out."""
     return UNet(config.width, config.dropout)
 
 
@@ -702,12 +709,12 @@ def step_options(config, device):
 
 
 def batches(labelled, unlabelled, count, extra):
-    """One epoch: every labelled slice once, in a new order, less the last part batch.
+    """One epoch: every labelled slice once, in a new order; a part batch at the end is dropped.
 
     Yields images (count, 1, H, W), masks (count, 1, H, W), unlabelled images (extra, 1, H, W).
     """
     n, m, device = len(labelled.images), len(unlabelled.images), labelled.images.device
-    order, rounds = torch.randperm(n, device=device), math.ceil(n * extra / max(1, m))
+    order, rounds = torch.randperm(n, device=device), math.ceil(n // count * extra / max(1, m))
     others = torch.randperm(m, device=device).repeat(rounds)         # as often as it takes
     for i in range(n // count):
         mine, more = order[i * count:(i + 1) * count], others[i * extra:(i + 1) * extra]
@@ -823,10 +830,11 @@ def load_run(path, config, data, parts=()):
     state, free = load_checkpoint(path), ("out", "method", "runs", "seed", "device")
     theirs = {**state["config"], "slices": state["where"]}
     ours = {**vars(config), "slices": [part.where for part in data.values()]}
-    differs = [key for key in ours if key not in free and theirs[key] != ours[key]]
-    require(not differs and path.stem == f"{state['method']}-seed{state['seed']}",
-            f"{path}: is another run, of other {' '.join(differs)}; choose another --out, "
-            "or --overwrite")
+    differs = [key for key in ours if key not in free and theirs.get(key) != ours[key]]
+    if path.stem != f"{state['method']}-seed{state['seed']}":
+        differs.append("name")
+    require(not differs, f"{path}: differs in {', '.join(differs)} from this run; choose another "
+                         "--out, or --overwrite")
     for name in parts:
         parts[name].load_state_dict(state[name])
     return state
@@ -863,7 +871,7 @@ def experiment(config, overwrite=False):
     jobs = list(itertools.product(methods, range(config.seed, config.seed + config.runs)))
     paths = [out / f"{method}-seed{seed}.pt" for method, seed in jobs]
     # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
-    rank, world = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for (method, seed), path in [*zip(jobs, paths)][rank::world]:
         if overwrite:
             path.unlink(missing_ok=True)
@@ -967,7 +975,7 @@ def draw_examples(config, runs, slices, path):
             found = predict_probabilities(network.to(slices.images.device), slices.images)
             columns[label], dice[label] = found > config.threshold, run["metrics"][model]["dice"]
     gaps = np.ptp(np.array(list(dice.values())), axis=0)
-    most = {slices.where[k][1]: k for k in np.argsort(gaps, kind="stable")}      # of each scan
+    most = {slices.where[k][1]: k for k in np.argsort(gaps)}     # of each scan, the last: largest
     ranked = sorted(most.values(), key=lambda k: -gaps[k])
     picked = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
@@ -1057,7 +1065,7 @@ def predict(argv):
 # --- 12. The phantom -----------------------------------------------------------------------------
 # A study that needs no request: 4 sites x 20 subjects of synthetic cervical cords, in the layout
 # and file names of the challenge, like real ones by measurement (contrast, sizes, spread between
-# people). Distances in mm; white matter has brightness 1, and other tissues are told by that.
+# people). Distances in mm; brightness relative to white matter.
 # mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest and most;
 # black: empty ones more at each end; unit: integer stored for white matter; axes: as stored.
 Site = collections.namedtuple("Site", "mm thick size slices black unit axes")
@@ -1106,8 +1114,8 @@ def phantom_subject(site, generator):
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
     x, y = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1), y + 0.25 * noise(5)
     side = x.abs()
-    build = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
-    wide, deep = build * draw(6.2, 7.5), build * draw(3.9, 5.0)          # radii of the cord
+    stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
+    wide, deep = stature * draw(6.2, 7.5), stature * draw(3.9, 5.0)          # radii of the cord
 
     # Muscle with streaks of fat, darker than the cord; the vertebra, nearly black
     muscle, bone, csf = draw(0.3, 1.0), draw(0.05, 0.2), draw(1.6, 2.5)
@@ -1127,9 +1135,9 @@ def phantom_subject(site, generator):
     # brighter by 0.12 to 0.2 once blurred; in front of it a fissure, too narrow for pure CSF
     white, cord = 1 + 0.03 * noise(2), ellipse(x, y, wide, deep)
     image = paint(white, cord)
-    w, h = build * draw(3.6, 4.5), build * draw(2.4, 3.4)
-    ventral = stroke(side, y, 0.48 * w, 0.3 * h, 0.5 * w, 0.6 * h, build * draw(0.6, 1.05))
-    dorsal = stroke(side, y, 0.45 * w, 0.3 * h, w - 0.45, 0.45 - h, build * draw(0.38, 0.52))
+    w, h = stature * draw(3.6, 4.5), stature * draw(2.4, 3.4)
+    ventral = stroke(side, y, 0.48 * w, 0.3 * h, 0.5 * w, 0.6 * h, stature * draw(0.6, 1.05))
+    dorsal = stroke(side, y, 0.45 * w, 0.3 * h, w - 0.45, 0.45 - h, stature * draw(0.38, 0.52))
     bridge = stroke(x, y, -0.48 * w, 0.3 * h, 0.48 * w, 0.3 * h, draw(0.4, 0.6))
     grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6  # union
     image = paint(white + draw(0.16, 0.28), grey)
@@ -1243,7 +1251,7 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last progress line")
+        print("interrupted; the same command, without --overwrite, goes on")
         raise SystemExit(130) from None
 
 
