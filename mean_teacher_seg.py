@@ -1032,12 +1032,12 @@ def predict(argv):
     A mask is on its image's own grid, whatever its orientation and voxel size. A supervised run
     has no teacher: its only network is used.
     """
-    parser = Parser(prog="mean_teacher_seg.py predict", description=predict.__doc__)
+    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment a scan, or a folder.")
     parser.add_argument("image", type=Path, help="a NIfTI volume, or a folder of them")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt file of a run")
     parser.add_argument("--output", type=Path, required=True, help="the mask, or a folder of them")
-    parser.add_argument("--center", type=float, nargs=2, default=(0.0, 0.0), metavar="MM",
-                        help="where to look, from the image's centre: to posterior, to the right")
+    parser.add_argument("--center", type=float, nargs=2, default=(0, 0), metavar=("ROW", "COLUMN"),
+                        help="where to look: mm from the image's centre, to posterior and right")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     given = parser.parse_args(argv)
     state = load_checkpoint(given.checkpoint)
@@ -1210,15 +1210,16 @@ def parse(argv):
         "experiment: 1600 epochs x 10 steps supervised, 350 x 10 of the mean teacher, with its 86 "
         "training slices. [Defaults] are the paper's, (authors) and (here) where it is silent.",
         epilog=f"--preset demo, 30 epochs x 23 steps of both on the phantom: {demo}.")
-    parser.add_argument("--preset", choices=["paper", "demo"], help="[paper, if --data]")
+    parser.add_argument("--preset", choices=["paper", "demo"], help="[--data: paper; else demo]")
     parser.add_argument("--overwrite", action="store_true", help="train anew what is in --out")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         example = (field.default or ("",))[0] if several else field.default
+        shown = " ".join(map(str, field.default)) if several else field.default
         parser.add_argument(
             "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, type=type(example),
-            nargs="+" if several else None, choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} [{field.default}]")
+            choices=field.metadata["choices"], help=f"{field.metadata['help']} [{shown}]",
+            **({"nargs": "+", "metavar": "X"} if several else {}))
     given = {key: tuple(value) if isinstance(value, list) else value
              for key, value in vars(parser.parse_args(argv)).items()}
     overwrite = given.pop("overwrite")
