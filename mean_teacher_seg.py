@@ -450,11 +450,14 @@ def find_scans(folder):
         scans.append(Scan("", subject, re.sub(r"Ses\d+$", "", subject), name.split("_T2star")[0],
                           path, {ANY: mask for mask in masks[:1]}))
     for path in sorted(folder.glob("imagesT[rs]/[!.]*.nii.gz")):
-        first = re.sub(r"_000[1-9](?=\.nii\.gz$)", "_0000", path.name)
-        if first != path.name and path.with_name(first).exists():
-            continue                                     # one of nnU-Net's further channels
-        name = path.name.removesuffix(".nii.gz").removesuffix("_0000")
-        mask = folder / "labelsTr" / f"{name}.nii.gz"
+        name = path.name.removesuffix(".nii.gz")
+        mask = folder / "labelsTr" / path.name
+        if not mask.exists():                            # nnU-Net numbers the channels
+            first = re.sub(r"_\d{4}$", "_0000", name)
+            if first != name and path.with_name(f"{first}.nii.gz").exists():
+                continue                                 # a further one
+            name = name.removesuffix("_0000")
+            mask = folder / "labelsTr" / f"{name}.nii.gz"
         labelled = path.parent.name == "imagesTr" and mask.exists()
         scans.append(Scan("", name, name, name, path, {ANY: mask} if labelled else {}))
     require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, sub-*/anat/*_T2s"
@@ -764,7 +767,6 @@ def train(config, method, seed, data):
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             for name, model in models.items():
                 row[f"val_{name}"] = mean_dice(model, data["val"], config)
-            print_progress(row, epochs, (time.perf_counter() - start) / (epoch - first + 1))
             state = {"config": vars(config), "method": method, "seed": seed, "history": history,
                      "where": [part.where for part in data.values()],
                      "optimizer": optimizer.state_dict(),
@@ -774,6 +776,7 @@ def train(config, method, seed, data):
                                     for name, model in models.items()}
             save_csv(path.with_suffix(".csv"), history)
             save(path, lambda file: torch.save(state, file))
+            print_progress(row, epochs, (time.perf_counter() - start) / (epoch - first + 1))
     return state
 
 
@@ -787,7 +790,7 @@ def print_progress(row, epochs, seconds):
 def save(path, write):
     """Let write(file) fill a file that takes its name, or replaces another, only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -984,13 +987,14 @@ def draw_examples(config, runs, slices, path):
     for (row, column), axis in np.ndenumerate(axes):
         k, (title, masks) = picked[row], list(columns.items())[column]
         image, near = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k, 0:1], 9, 1, 4) > 0
-        low, high = image[near[0].cpu()].quantile(torch.tensor([0.02, 0.98]))    # of the cord
-        axis.imshow(image, cmap="gray", vmin=2 * low - high, vmax=2 * high - low)
+        low, high = image[near[0].cpu()].quantile(torch.tensor([0.02, 0.98])).tolist()
+        margin = (high - low) / 2                        # the window is the cord's, not the fat's
+        axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
         caption = "{1}, slice {2}".format(*slices.where[k]) if title == "image" else ""
         axis.set(xticks=[], yticks=[], title=title if row == 0 else "",
                  xlabel=f"Dice {dice[title][k]:.1f} %" if title in dice else caption)
         if masks is not None and masks[k].any():
-            axis.contour(masks[k, 0].cpu(), [0.5], colors=COLORS[title])
+            axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[title])
     save(path, lambda file: figure.savefig(file, dpi=110))
 
 
@@ -1056,8 +1060,9 @@ def predict(argv):
         # With the image's header: its geometry, codes and units.
         mask = nib.Nifti1Image(found.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
         mask.header["cal_min"] = mask.header["cal_max"] = 0
-        pack = gzip.compress if output.suffix == ".gz" else bytes
-        save(output, lambda file: file.write(pack(mask.to_bytes())))
+        content = mask.to_bytes()
+        content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
+        save(output, lambda file: file.write(content))
         print(f"{output}: {found.sum()} voxels of foreground")
     return outputs
 

@@ -1194,7 +1194,7 @@ def python(code, cwd):
 def test_the_readmes_own_loop_runs_as_it_stands_in_an_empty_folder(tmp_path):
     blocks = re.findall(r"^```python\n(import torch\b.*?)^```", README.read_text(), re.S | re.M)
     block, = [block for block in blocks if "delayed_targets" in block]
-    code = [line for line in block.splitlines() if line.strip() and line.strip()[0] != "#"]
+    code = [line for line in block[block.index("# Yours"):].splitlines() if line.strip()]
     assert len(code) <= 20 and "mean_teacher_seg" in block and "UNet" not in block
     assert "Warning" not in python(block, tmp_path)
 
@@ -1220,16 +1220,19 @@ def test_only_the_six_packages_lines_fit_and_the_licence_is_named():
 def code_cells(path=NOTEBOOK):
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
-def test_the_notebook_runs_from_a_clean_kernel_and_its_exercises_notice_what_is_broken(tmp_path):
-    notebook = json.loads(NOTEBOOK.read_text())
-    exercises = [cell for cell in code_cells() if "exercise" in cell["metadata"].get("tags", [])]
-    assert len(exercises) == 4
-    for cell in exercises:                               # once more, with the reader's edit
-        (right, wrong), source = cell["metadata"]["edit"], "".join(cell["source"])
-        assert source.count(right) == 1
-        source = "\n    ".join(["try:", *source.replace(right, wrong).splitlines()]) + (
-            "\nexcept AssertionError:\n    broken = True\nassert broken\nbroken = False")
-        notebook["cells"].append({**cell, "id": f"{cell['id']}-broken", "source": source})
+def test_the_notebook_runs_from_a_clean_kernel_and_knows_a_right_answer(tmp_path):
+    notebook, tagged = json.loads(NOTEBOOK.read_text()), {"exercise": [], "check": []}
+    for cell in code_cells():
+        for tag in cell["metadata"].get("tags", []):
+            tagged[tag].append(cell)
+    assert [len(cells) for cells in tagged.values()] == [3, 3]
+    assert all("still blank" in json.dumps(cell["outputs"]) for cell in tagged["check"])
+    for exercise, check in zip(*tagged.values()):        # once more, with the reader's answer
+        (blank, answer), source = exercise["metadata"]["edit"], "".join(exercise["source"])
+        assert source.count(blank) == 1
+        notebook["cells"] += [{**exercise, "id": f"{exercise['id']}-answered",
+                               "source": source.replace(blank, answer)},
+                              {**check, "id": f"{check['id']}-answered"}]
     (tmp_path / "tutorial.ipynb").write_text(json.dumps(notebook))
     shutil.copy(SCRIPT, tmp_path)
     done = subprocess.run(
@@ -1238,7 +1241,7 @@ def test_the_notebook_runs_from_a_clean_kernel_and_its_exercises_notice_what_is_
         env=dict(os.environ, XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=str(tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
     cells = code_cells(tmp_path / "tutorial.ipynb")
-    assert len(cells) == len(code_cells()) + 4           # and not a warning either:
+    assert all("**right**" in json.dumps(cell["outputs"]) for cell in cells[-1:-6:-2])
     assert not [o for cell in cells for o in cell["outputs"] if o.get("name") == "stderr"]
 
 def test_the_notebook_is_committed_with_its_outputs_and_defines_nothing_of_the_scripts():
@@ -1253,7 +1256,7 @@ def test_the_notebook_is_committed_with_its_outputs_and_defines_nothing_of_the_s
         assert pixels.shape[0] > 100 and pixels.std() > 0.05
     sections = [cell["source"][0] for cell in json.loads(text)["cells"]
                 if cell["cell_type"] == "markdown" and cell["source"][0].startswith("## ")]
-    assert [int(line.split()[1].strip(".")) for line in sections] == list(range(1, 13))
+    assert [int(line.split()[1].strip(".")) for line in sections] == list(range(1, 15))
     assert len(pictures) >= 18 and "/tmp" not in text and len(text) < 3e6
     defined, script = (ast.FunctionDef, ast.ClassDef), ast.parse(SCRIPT.read_text()).body
     ours = {node.name for node in script if isinstance(node, defined)}
