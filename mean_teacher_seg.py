@@ -30,7 +30,9 @@ slices alike, the student is pulled towards the teacher.
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-MEASURED_LINE
+Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, about a minute a run): test Dice of
+the supervised network 73.96 (1.34), of the teacher 76.08 (1.54): +2.12, standard error 0.50. On
+real hippocampi 74.98 (1.38) and 77.13 (0.45): +2.15, standard error 0.36. See README.md.
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper; 3 to 6 need copy, math and torch only. Then 7 data, 8 metrics,

@@ -68,7 +68,6 @@ def rotation(degrees):
     a = math.radians(degrees)
     return torch.tensor([[[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]])
 
-
 # --- U-Net ---------------------------------------------------------------------------------------
 
 def test_unet_has_15_convolutions_the_known_number_of_parameters_and_returns_logits():
@@ -91,7 +90,6 @@ def test_unet_sees_as_far_as_its_layers_reach():
     network(x)[0, 0, 128, 128].backward()
     rows = x.grad[0, 0].abs().sum(1).nonzero().flatten()
     assert 30 <= 128 - rows.min() <= 100 and 30 <= rows.max() - 128 <= 100
-
 
 # --- Losses --------------------------------------------------------------------------------------
 
@@ -137,7 +135,6 @@ def test_equation_2_as_printed_rewards_the_wrong_answer():
     printed, right = torch.log(1 - p), [mt.consistency_loss(z, 0 * z).item() for z in p.logit()]
     assert (printed.diff() < 0).all() and printed[-1] < -13          # ln(1e-6) = -13.8
     assert right == sorted(right) and right == pytest.approx((-printed).tolist(), rel=1e-3)
-
 
 # --- Delayed augmentation ------------------------------------------------------------------------
 
@@ -210,7 +207,6 @@ def test_delayed_targets_lie_on_the_students_grid_wherever_it_is_inside(channels
     for k in range(2):
         assert np.array_equal(inside[k, 0], naive_warp(np.ones((32, 32)), phi[k].numpy()) > 0.999)
 
-
 # --- Teacher and ramps ---------------------------------------------------------------------------
 
 def test_the_teacher_starts_as_a_copy_without_gradient_and_becomes_its_closed_form():
@@ -238,7 +234,6 @@ def test_ramps_at_known_epochs():
                           (200, 0.5), (350, 0)):         # 200: half way down
         assert mt.learning_rate_factor(epoch, 350, 50) == pytest.approx(factor)
     assert mt.learning_rate_factor(3, 3, 50) == mt.ramp_up(3, 50)        # shorter than its ramp
-
 
 # --- One training step ---------------------------------------------------------------------------
 
@@ -414,7 +409,6 @@ def test_one_batch_can_be_overfitted(semi):
         losses = mt.train_step(student, teacher if semi else None, optimizer, images[:2], masks,
                                images[2:], step, weight=0.5, alpha=0.9)
     assert losses["dice"] < -0.85
-
 
 # --- Data ----------------------------------------------------------------------------------------
 
@@ -662,7 +656,6 @@ def test_masks_of_unlabelled_subjects_are_never_read(tmp_path, layout, masks, ho
         assert old.where == after[key].where
         assert all(map(torch.equal, old[:2], after[key][:2]))
 
-
 # --- Metrics -------------------------------------------------------------------------------------
 
 def test_metrics_against_a_loop_over_pixels():
@@ -694,7 +687,6 @@ def test_evaluation_uses_running_statistics_and_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     config, slices = dataclasses.replace(mt.DEMO, threshold=0.3), mt.Slices(x, one > 0.3, [])
     assert np.allclose(mt.evaluate(network, slices, config)["dice"], 100)
-
 
 # --- Training and report -------------------------------------------------------------------------
 
@@ -799,7 +791,6 @@ def test_the_defaults_are_the_papers():
         augmentation="delayed").items()
     assert len(set(mt.DEMO.epochs)) == 1                 # the demo: equal steps for both methods
 
-
 # --- Resume --------------------------------------------------------------------------------------
 
 LITTLE = "--preset demo --split 1 0 1 --crop 16 --width 2 --batch 2 --epochs 1".split()
@@ -840,7 +831,8 @@ def test_stops_at_random_moments_leave_no_trace(little, tmp_path):
     for number in [signal.SIGKILL] * 10 + [signal.SIGINT]:
         process = subprocess.Popen(
             [sys.executable, "-u", SCRIPT, *map(str, options), "--out", cut], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,        # a job in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # may ignore it
         assert any(re.match(r" *epoch \d+ ", line) for line in process.stdout)
         time.sleep(rng.uniform(0, 0.05))
         assert process.poll() is None, "too few epochs for eleven stops"
@@ -909,7 +901,6 @@ def test_torchrun_deals_out_the_runs_and_the_same_command_resumes_a_failure(tmp_
     table = (one / "table.md").read_text()               # the paper's rows are of other data
     assert all(f"| {row} " in table for row in mt.LABELS.values()) and "paper" not in table
 
-
 # --- Predict -------------------------------------------------------------------------------------
 
 class Bright(nn.Module):
@@ -973,7 +964,6 @@ def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_pa
     assert snapshot(tmp_path) == files
     main(*whole, tmp_path / "out", "--overwrite")
     assert snapshot(tmp_path) == files                   # the same scan, the same bytes
-
 
 # --- Bad input -----------------------------------------------------------------------------------
 
@@ -1111,7 +1101,6 @@ def test_three_hundred_damaged_files(checkpoint, tmp_path, capsys):
         assert time.perf_counter() - begin < 10 and path.read_bytes() == damaged
     assert 30 < sum(outcomes) < 270
 
-
 # --- The phantom ---------------------------------------------------------------------------------
 
 def test_the_phantom_has_the_challenges_files_in_its_orientations_and_is_reproducible(tmp_path):
@@ -1154,7 +1143,6 @@ def test_the_phantom_looks_like_a_cord(number):
     for (low, high), values in zip(((1.0, 1.35), (0.6, 0.95), (6, 28), (50, 130)), zip(*found)):
         assert low < min(values) and max(values) < high, values
     assert 1.06 < np.mean(found, 0)[0] < 1.24 and 0.74 < np.mean(found, 0)[1] < 0.9
-
 
 # --- The file as a whole -------------------------------------------------------------------------
 
@@ -1214,7 +1202,6 @@ def test_only_the_six_packages_lines_fit_and_the_licence_is_named():
         assert text.startswith("# SPDX-License-Identifier: MIT\n")
     assert SCRIPT.read_text().split("# --- 7. Data")[0].count("\n") <= 400       # the whole paper
 
-
 # --- The notebook --------------------------------------------------------------------------------
 
 def code_cells(path=NOTEBOOK):
@@ -1265,7 +1252,6 @@ def test_the_notebook_is_committed_with_its_outputs_and_defines_nothing_of_the_s
     theirs = {node.name for node in tree if isinstance(node, defined)}
     theirs |= {n.id for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     assert {"train_step", "METRICS"} < ours and "config" in theirs and not ours & theirs
-
 
 # --- Real scans, where they are ------------------------------------------------------------------
 
