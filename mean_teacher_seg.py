@@ -22,17 +22,16 @@ slices alike, the student is pulled towards the teacher.
     its section 2.1 delays the transformation, as here.)
 
     python mean_teacher_seg.py                    demo: a phantom, both methods, minutes on a CPU
-    python mean_teacher_seg.py --data DIR         your scans, the paper's settings; DIR in the
-        layout of the Spinal Cord Grey Matter challenge (SCGM), of BIDS or of the Decathlon
+    python mean_teacher_seg.py --data DIR         your scans (in the layout of the Spinal Cord Grey
+        Matter challenge, SCGM, of BIDS or of the Decathlon), the paper's settings
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
     python mean_teacher_seg.py --help             every number of the paper is an option
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, about a minute a run): test Dice of
-the supervised network 73.96 (1.34), of the teacher 76.08 (1.54): +2.12, standard error 0.50. On
-real hippocampi 74.98 (1.38) and 77.13 (0.45): +2.15, standard error 0.36. See README.md.
+Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, a minute each), test Dice: supervised
+73.96 (1.34), teacher 76.08 (1.54). Real hippocampi: 74.98 (1.38), 77.13 (0.45). See README.md.
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper; 3 to 6 need copy, math and torch only. Then 7 data, 8 metrics,
