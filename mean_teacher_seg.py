@@ -18,8 +18,8 @@ slices alike, the student is pulled towards the teacher.
      8      update theta with Adam                     no gradient goes through the teacher
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta  (eq. 1)
-    (The paper prints line 4 as f(theta', g(x; phi')), with a phi' of its own. That is the noise;
-    its section 2.1 delays the transformation, as here.)
+    (The paper prints line 4 as f(theta', g(x; phi')). Its section 2.1 delays the transformation,
+    as here; what remains of phi', the teacher's own perturbation, is the noise.)
 
     python mean_teacher_seg.py                    demo: a phantom, both methods, minutes on a CPU
     python mean_teacher_seg.py --data DIR         your scans (in the layout of the Spinal Cord Grey
@@ -30,8 +30,8 @@ slices alike, the student is pulled towards the teacher.
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, a minute each), test Dice: supervised
-73.96 (1.34), teacher 76.08 (1.54). Real hippocampi: 74.98 (1.38), 77.13 (0.45). See README.md.
+Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, a minute each), test Dice, mean (std):
+supervised 73.96 (1.34), teacher 76.08 (1.54). Real MRI (hippocampus): 74.98 (1.38), 77.13 (0.45).
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. That is the paper; 3 to 6 need copy, math and torch only. Then 7 data, 8 metrics,
@@ -78,7 +78,7 @@ def option(default, text, least=0, most=1e9, choices=None):
 class Config:
     """The paper's experiment; dataclasses.replace() makes another."""
     # What to run
-    data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; empty: the phantom")
+    data: str = option("", "folder of scans: SCGM, BIDS (T2star) or Decathlon; empty: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
     method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
     runs: int = option(1, "runs per method, seeds SEED, SEED + 1, ... (here: 1; paper: 10)", 1)
@@ -89,12 +89,12 @@ class Config:
     crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 8, 2048)
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)", 1, 255)
     rater: str = option("4", "whose masks (authors)", choices=["1", "2", "3", "4", "majority"])
-    split: tuple = option((2, 2, 3), "subjects per site for training, validation, test")
+    split: tuple = option((2, 2, 3), "people per site (BIDS: in all) to train, validate, test")
     split_seed: int = option(0, "seed of that draw, the same for every run")
     train: tuple = option((), "training subjects by name, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name")
-    unlabelled: tuple = option((), "unlabelled subjects by name; empty: all that are free")
+    unlabelled: tuple = option((), "unlabelled subjects by name; empty: who is left over")
     # Network
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
@@ -107,27 +107,28 @@ class Config:
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
     # The consistency is a mean over all N pixels, Dice a ratio over the F of foreground: beside
-    # Dice, w pulls at a pixel in proportion to F / N, so keep w F / N when you change the crop.
-    # F / N is 0.4 % in the paper's 50 mm, 6 % in DEMO's 16 mm: there 2.9 is a strong pull.
+    # Dice, w pulls at a pixel in proportion to F / N. So with another crop or organ begin with
+    # 2.9 * 0.4 % / (your F / N): the paper's F / N is 0.4 %. DEMO has 6 % and keeps 2.9 all the
+    # same, 15 times the pull: its validation people did no better with 1 or 6.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of that ramp-up")
     alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
     alpha_epochs: int = option(50, "epochs with the first of the two")
     consistency: str = option("bce", "or mse, worse (paper, section 2)", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "same: one warped input for both (paper, section 2.1)",
-                               choices=["delayed", "same"])
-    confidence: float = option(0.0, "leave out where a teacher's max(y, 1-y) is below; did "
+    augmentation: str = option("delayed", "or same: one warped input for both, worse (paper, "
+                               "section 2.1)", choices=["delayed", "same"])
+    confidence: float = option(0.0, "leave out where the teacher's max(y, 1-y) is less; did "
                                "not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of added noise, its N(0, 0.01) read as variance")
+    noise: float = option(0.1, "std of added noise; the paper's N(0, 0.01) read as variance")
     # Evaluation and machine, all decided here
     threshold: float = option(0.5, "probability above which a pixel is foreground", 0, 1)
     validate_every: int = option(10, "epochs between two validations, progress lines, saves", 1)
-    precision: str = option("bfloat16", "of the networks' passes on CUDA; all else is float32",
+    precision: str = option("bfloat16", "of training's passes on CUDA; all else is float32",
                             choices=["bfloat16", "float32"])
 
 
@@ -136,7 +137,7 @@ class Config:
 # are not the published one and of real scans (README.md), and kept for both arms.
 DEMO = dataclasses.replace(
     Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
-    width=8, dropout=0.0,                                # a narrow network needs all its channels
+    width=8, dropout=0.0,                                # more costs real scans 2 Dice (README.md)
     epochs=(30,), consistency_ramp=30,                   # the ramp takes the whole run
     batch=4, unlabelled_batch=4,                         # more steps in the same time
     lr=3e-3, lr_ramp=3,                                  # a narrow network bears a higher rate
@@ -220,7 +221,7 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
     of the same shape, the pixels that count (None: all) -> float32 scalar >= 0; 0 if none counts.
     Source: paper, eq. 2, its sign put right.
     """
-    # C(theta) = E[ -y log p - (1-y) log(1-p) ]
+    # C(theta) = E[ -y log p - (1-y) log(1-p) ],  p the student's answer, y the teacher's (z~)
     # Eq. 2 prints "-y log p + (1-y) log(1-p)". That has no minimum: at y = 0 it is log(1-p), which
     # falls without end as p goes to 1, the very answer that the teacher calls wrong.
     # Mind the floor: at p = y the value is the teacher's entropy, not 0. A teacher that says 0.5
@@ -341,7 +342,7 @@ def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 at the last one.
 
     epoch: counted from 1. -> float in [0, 1], to multiply eta with. In the last epoch, at 0, the
-    student rests and the teacher closes up. Source: paper, section 3.1.
+    student's weights rest and the teacher catches up. Source: paper, section 3.1.
     """
     if epoch <= ramp:
         return ramp_up(epoch, ramp)
@@ -359,42 +360,41 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     W), U may be 0; step: how many were taken before; weight: w; affine: degrees, translation and
     scale for sample_affine; noise: its std. teacher None: the supervised baseline, which ignores
     unlabelled. -> dict of float32 scalars on the device: loss, dice, consistency. The caller
-    counts step, ramps weight, sets alpha and the learning rate, as train() of section 9 does.
-    ValueError if a network is in eval mode.
+    counts step, ramps weight, sets alpha and the learning rate, as train() of section 9 does, or
+    the 20 lines in README.md. ValueError if a network is in eval mode.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both, also after every evaluation")
     # Labelled and unlabelled slices pass through the networks apart, as in the authors' code. In
     # one pass BatchNorm would normalise each kind by the mean of both, and unlabelled slices would
-    # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline, step by
-    # step. (Only the running statistics, which count at evaluation, then see both kinds.)
+    # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline: with the
+    # same draws, the same step. (Only the running statistics, for evaluation, then see both.)
     parts = [images] if teacher is None or len(unlabelled) == 0 else [images, unlabelled]
     phis = [sample_affine(len(x), *affine, device=x.device) for x in parts]               # line 2
-    views = [augment(x, phi, noise) for x, phi in zip(parts, phis)]
+    views, inside = zip(*[augment(x, phi, noise) for x, phi in zip(parts, phis)])
     y = (warp(masks, phis[0]) >= 0.5).float()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         if teacher is not None:      # first: less memory, while no student's activations wait
             targets = [targets_of(teacher, x, phi, noise) for x, phi in zip(parts, phis)]  # line 4
-        logits = [student(augmented) for augmented, _ in views]                           # line 3
+        logits = [student(view) for view in views]                                        # line 3
     loss = dice = dice_loss(torch.sigmoid(logits[0].float()), y)                          # line 5
-    agreement = torch.zeros_like(dice)
+    disagreement = torch.zeros_like(dice)
     if teacher is not None:
         # Pixels from outside the image have no target: leave them out. (Dice need not care: there
         # the mask is 0, and so is the prediction soon.)
-        inside = torch.cat([inside for _, inside in views])
-        agreement = consistency(torch.cat(logits), torch.cat(targets), inside)            # line 6
-        loss = dice + weight * agreement                                                  # line 7
+        disagreement = consistency(*map(torch.cat, (logits, targets, inside)))            # line 6
+        loss = dice + weight * disagreement                                               # line 7
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()                                                                      # line 8
     step += 1                                                                             # line 9
     if teacher is not None:
-        # A plain mean at first, 1/2, 2/3, 3/4, ... (authors), until alpha takes over, 0.99 at step
-        # 100. At epoch 51 the paper goes on to 0.999; with its 10 steps an epoch this min() then
-        # allows 0.998, and 0.999 itself not before step 1000.
+        # A plain mean at first, 1/2, 2/3, 3/4, ... (authors), until alpha takes over at step 99: a
+        # constant 0.99 would carry the random first weights along for some 100 steps. At epoch 51
+        # the paper goes on to 0.999; with its 10 steps an epoch this min() allows that by and by.
         update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))                  # line 10
-    return {"loss": loss.detach(), "dice": dice.detach(), "consistency": agreement.detach()}
+    return {"loss": loss.detach(), "dice": dice.detach(), "consistency": disagreement.detach()}
 
 
 # The paper ends here. What follows is what it takes to run it.
@@ -414,10 +414,13 @@ def require(condition, message):
 class Scan(NamedTuple):
     site: str                                            # SCGM: "site1"; else ""
     subject: str                                         # "site1-sc01"; "sub-9709Ses1"
-    person: str                                          # as subject, without a final Ses1, Ses2
-    name: str                                            # "site1-sc01"; "sub-9709Ses1_run-1"
+    name: str                                            # as subject; BIDS: "sub-9709Ses1_run-1"
     image: Path
     masks: dict                                          # rater -> file; {ANY: file}; {}
+
+    @property
+    def person(self):
+        return re.sub(r"Ses\d+$", "", self.subject)      # sub-9709Ses1 and Ses2 are one person
 
 
 ANY = "any"                                              # the rater, where masks do not name one
@@ -433,34 +436,34 @@ def find_scans(folder):
     """List the scans below a folder, in any of three layouts. -> list of Scan; InputError if none.
 
     SCGM: siteS-scNN-image.nii.gz with siteS-scNN-mask-rR.nii.gz beside it, at any depth.
-    BIDS: sub-*/**/anat/*_T2star*.nii.gz with derivatives/labels/(same path)_gmseg*.nii.gz.
+    BIDS: sub-*/**/anat/*_T2star*.nii.gz with derivatives/labels/(same path)_gmseg*.nii.gz, the
+    first of several.
     Decathlon, nnU-Net: imagesTr/NAME.nii.gz or NAME_0000.nii.gz with labelsTr/NAME.nii.gz;
     imagesTs without masks; every volume a person.
     """
     folder, scans = Path(folder), []
     require(folder.is_dir(), f"{folder}: no such folder; name that of your scans with --data")
-    for path in sorted(folder.rglob("site?-sc[0-9][0-9]-image.nii.gz")):
-        name = path.name.removesuffix("-image.nii.gz")
+    for image in sorted(folder.rglob("site?-sc[0-9][0-9]-image.nii.gz")):
+        name = image.name.removesuffix("-image.nii.gz")
         # sc11 to sc20 are the challenge's test half: unlabelled, whatever lies beside them.
-        masks = path.parent.glob(f"{name}-mask-r?.nii.gz") if int(name[-2:]) <= 10 else []
-        scans.append(Scan(name[:5], name, name, name, path, {m.name[-8]: m for m in masks}))
-    for path in sorted(folder.glob("sub-*/**/anat/*_T2star*.nii.gz")):
-        place, name = path.parent.relative_to(folder), path.name.removesuffix(".nii.gz")
+        masks = image.parent.glob(f"{name}-mask-r?.nii.gz") if int(name[-2:]) <= 10 else []
+        scans.append(Scan(name[:5], name, name, image, {mask.name[-8]: mask for mask in masks}))
+
+    for image in sorted(folder.glob("sub-*/**/anat/*_T2star*.nii.gz")):
+        place, name = image.parent.relative_to(folder), image.name.removesuffix(".nii.gz")
         masks = sorted((folder / "derivatives/labels" / place).glob(f"{name}_gmseg*.nii.gz"))
-        subject = place.parts[0]
-        scans.append(Scan("", subject, re.sub(r"Ses\d+$", "", subject), name.split("_T2star")[0],
-                          path, {ANY: mask for mask in masks[:1]}))
-    for path in sorted(folder.glob("imagesT[rs]/[!.]*.nii.gz")):
-        name = path.name.removesuffix(".nii.gz")
-        mask = folder / "labelsTr" / path.name
-        if not mask.exists():                            # nnU-Net numbers the channels
-            first = re.sub(r"_\d{4}$", "_0000", name)
-            if first != name and path.with_name(f"{first}.nii.gz").exists():
-                continue                                 # a further one
-            name = name.removesuffix("_0000")
-            mask = folder / "labelsTr" / f"{name}.nii.gz"
-        labelled = path.parent.name == "imagesTr" and mask.exists()
-        scans.append(Scan("", name, name, name, path, {ANY: mask} if labelled else {}))
+        scans.append(Scan("", place.parts[0], name.split("_T2star")[0], image,
+                          {ANY: mask for mask in masks[:1]}))
+
+    images, labels = sorted(folder.glob("imagesT[rs]/[!.]*.nii.gz")), folder / "labelsTr"
+    # nnU-Net numbers the channels of an image, but not its mask: the first channel is taken.
+    plain = any((labels / image.name).exists() for image in images)
+    numbered = [image for image in images if image.name.endswith("_0000.nii.gz") and not plain]
+    for image in numbered or images:
+        name = image.name.removesuffix(".nii.gz").removesuffix("_0000" if numbered else "")
+        mask = labels / f"{name}.nii.gz"
+        labelled = image.parent.name == "imagesTr" and mask.exists()
+        scans.append(Scan("", name, name, image, {ANY: mask} if labelled else {}))
     require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, sub-*/anat/*_T2s"
                    "tar*.nii.gz or imagesTr/*.nii.gz below it; name their folder with --data")
     return scans
@@ -474,35 +477,38 @@ def split_scans(scans, config):
     test people, too); by default all scans left over that are of no validation or test person and,
     if dealt by lot, have no mask. InputError if that cannot be done.
     """
-    def named(key, among):
-        unknown = " ".join(set(getattr(config, key)) - {scan.subject for scan in among})
+    labelled = [scan for scan in scans if scan.masks]
+    chosen = {key: set(getattr(config, key)) for key in ("train", "val", "test", "unlabelled")}
+    for key, subjects in chosen.items():
+        known = {scan.subject for scan in (scans if key == "unlabelled" else labelled)}
+        unknown = " ".join(sorted(subjects - known))
         require(not unknown, f"--{key}: no subject {unknown} in {config.data}, or without a mask")
-        return [scan for scan in among if scan.subject in getattr(config, key)]
 
-    labelled, sets = [scan for scan in scans if scan.masks], {"train": [], "val": [], "test": []}
     by_name = bool(config.train or config.val or config.test)
     if by_name:
         require(config.train and config.test, "--train and --test must both be given")
-        sets = {key: named(key, labelled) for key in sets}
     else:
         generator = np.random.default_rng(config.split_seed)
         for site in sorted({scan.site for scan in scans}):
-            people = sorted({scan.person for scan in labelled if scan.site == site})
-            require(len(people) >= sum(config.split), f"{config.data}: {len(people)} people with "
+            here = sorted({scan.person for scan in labelled if scan.site == site})
+            require(len(here) >= sum(config.split), f"{config.data}: {len(here)} people with "
                     f"masks in {site or 'all'}, too few for --split {config.split}; lower it")
             # The test people are drawn first: they stay as they are with more or fewer to train.
-            parts = np.split(generator.permutation(people), np.cumsum(config.split[::-1]))
+            parts = np.split(generator.permutation(here), np.cumsum(config.split[::-1]))
             for key, part in zip(("test", "val", "train"), parts):
-                sets[key] += [scan for scan in labelled if scan.person in part]
+                chosen[key] |= {scan.subject for scan in labelled if scan.person in part}
+
+    sets = {key: [scan for scan in labelled if scan.subject in chosen[key]]
+            for key in ("train", "val", "test")}
     people = {key: {scan.person for scan in part} for key, part in sets.items()}
     for one, other in itertools.combinations(people, 2):
         both = " ".join(sorted(people[one] & people[other]))
         require(not both, f"{config.data}: {both} is in --{one} and in --{other}; choose one")
     if config.unlabelled:
-        free = named("unlabelled", scans)
+        free = [scan for scan in scans if scan.subject in chosen["unlabelled"]]
     else:
-        free = [scan for scan in scans if (by_name or not scan.masks)
-                and scan.person not in people["val"] | people["test"]]
+        free = [scan for scan in scans if scan.person not in people["val"] | people["test"]
+                and (by_name or not scan.masks)]
     taken = sum(sets.values(), [])
     return {**sets, "unlabelled": [scan for scan in free if scan not in taken]}
 
@@ -512,12 +518,10 @@ def load_nifti(path):
     try:
         with nib.imageglobals.ErrorLevel(30):            # no silent repair of voxel sizes <= 0
             image = nib.load(path)
-        shape, mm = image.shape, image.header.get_zooms()
-        require(isinstance(image, nib.Nifti1Image), "is no NIfTI; convert it")
+        shape, mm = image.shape, nib.affines.voxel_sizes(image.affine)
         require(len(shape) == 3, f"has {len(shape)} dimensions, expected 3; split it")
-        require(all(0.01 < size < 100 for size in [*mm, *nib.affines.voxel_sizes(image.affine)])
-                and np.isfinite(nib.io_orientation(image.affine)).all()         # not singular
-                and 0 < math.prod(shape) * max(1, mm[0] * mm[1]) < 2 ** 28,
+        require(np.isfinite(nib.io_orientation(image.affine)).all() and 0.01 < mm.min()
+                and mm.max() < 100 and 0 < math.prod(shape) * max(1, mm[0] * mm[1]) < 2 ** 28,
                 f"{shape} voxels of {mm} mm or their affine make no sense; correct its header")
         volume = image.get_fdata(dtype=np.float32)
         require(np.isfinite(volume).all(), "has NaN or infinite voxels; mend them")
@@ -572,7 +576,7 @@ def center_crop(slices, height, width, shift=(0, 0)):
     shift: px by which to move the crop down and to the right. Cropping back to H x W with the
     opposite shift undoes a pad, and puts a crop back in its place.
     """
-    top = int((slices.shape[2] - height) / 2) + shift[0]
+    top = int((slices.shape[2] - height) / 2) + shift[0]  # int, not //: pad and crop round alike
     left = int((slices.shape[3] - width) / 2) + shift[1]
     bottom, right = slices.shape[2] - height - top, slices.shape[3] - width - left
     return F.pad(slices, (-left, -right, -top, -bottom))  # a negative pad crops
@@ -590,18 +594,17 @@ def read_scan(scan, config, labelled):
     Slices without any contrast are dropped and, if labelled, those without foreground.
     """
     volume, affine = canonical(load_nifti(scan.image))
-    voxel_mm = nib.affines.voxel_sizes(affine)
-    images = center_crop(to_slices(volume, voxel_mm, config.spacing), config.crop, config.crop)
-    masks = images[:0]
-    keep = images.flatten(1).std(1) > 0
+    voxel_mm, side = nib.affines.voxel_sizes(affine), config.crop
+    images = center_crop(to_slices(volume, voxel_mm, config.spacing), side, side)
+    masks, keep = images[:0], images.flatten(1).std(1) > 0
     if labelled:
         mask = read_mask(scan, config.rater, volume.shape, affine, config.label)
         whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
-        masks = center_crop(whole, config.crop, config.crop)
+        masks = center_crop(whole, side, side)
         if masks.sum() < 0.99 * whole.sum():
             far = (whole.nonzero()[:, 2:] - torch.tensor(whole.shape[2:]) / 2).abs().max().item()
             print(f"warning: {scan.image}: {1 - masks.sum() / whole.sum():.0%} of its foreground "
-                  f"is outside the centre crop, {config.crop} px of {config.spacing} mm; "
+                  f"is outside the centre crop, {side} px of {config.spacing} mm; "
                   f"--crop {8 * math.ceil((2 * far + 1) / 8)} would hold it")
         keep &= masks.flatten(1).any(1)
         masks = masks[keep]
@@ -686,8 +689,9 @@ def build(config, method, device):
     if method == "mean_teacher":
         models["teacher"] = make_teacher(models["student"])
     # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
+    decay = config.weight_decay[-1 if method == "mean_teacher" else 0]
     optimizer = torch.optim.Adam(models["student"].parameters(), betas=(0.9, 0.999), fused=True,
-                                 weight_decay=config.weight_decay[-1 if len(models) > 1 else 0])
+                                 weight_decay=decay)
     return models, optimizer
 
 
@@ -725,13 +729,13 @@ def batches(labelled, unlabelled, count, extra):
         yield labelled.images[mine], labelled.masks[mine], unlabelled.images[more]
 
 
-def train(config, method, seed, data):
+def train(config, method, seed, data, overwrite=False):
     """Train one network (and its teacher); evaluate the last epoch on the test set.
 
     method: supervised or mean_teacher; data: from load_data, on the device. Saves METHOD-seedS.pt
-    and .csv into config.out, and goes on from there if they exist; on a CPU an interrupted run
-    ends bit for bit as any other. -> dict: history (a dict per epoch), metrics[model][metric] (a
-    list over the test slices), and the state_dicts student and teacher.
+    and .csv into config.out and, unless it overwrites them, goes on from there; on a CPU an
+    interrupted run ends bit for bit as any other. -> dict: history (a dict per epoch),
+    metrics[model][metric] (a list over the test slices), and the state_dicts student and teacher.
     """
     labelled, unlabelled, semi = data["train"], data["unlabelled"], method == "mean_teacher"
     epochs, device = config.epochs[-1 if semi else 0], labelled.images.device
@@ -744,11 +748,14 @@ def train(config, method, seed, data):
     torch.manual_seed(1_000_000 * seed)
     models, optimizer = build(config, method, device)
     student, teacher = models["student"], models.get("teacher")
-    path, state = Path(config.out, f"{method}-seed{seed}.pt"), {"history": []}
-    if path.exists():
-        state = load_run(path, config, data, {**models, "optimizer": optimizer})
-    history, options, start = state["history"], step_options(config, device), time.perf_counter()
+    path = Path(config.out, f"{method}-seed{seed}.pt")
+    run = {"config": vars(config), "method": method, "seed": seed, "history": [],
+           "where": [part.where for part in data.values()]}
+    if path.exists() and not overwrite:
+        run = load_run(path, config, data, {**models, "optimizer": optimizer})
+    history, options, start = run["history"], step_options(config, device), time.perf_counter()
     first = len(history) + 1
+
     for epoch in range(first, epochs + 1):
         torch.manual_seed(1_000_000 * seed + epoch)      # batches, phi, noise, Dropout
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
@@ -761,31 +768,27 @@ def train(config, method, seed, data):
         dice, consistency = (torch.stack([loss[name] for loss in losses]).mean().item()
                              for name in ("dice", "consistency"))   # here it waits for the device
         row = {"epoch": epoch, "step": epoch * steps, "lr": lr, "dice_loss": dice,
-               "weight": weight if semi else math.nan,
-               "consistency_loss": consistency if semi else math.nan,
-               "val_student": math.nan, "val_teacher": math.nan}
+               **({"weight": weight, "consistency_loss": consistency} if semi else {}),
+               **{f"val_{name}": math.nan for name in models}}
         history.append(row)
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
-            for name, model in models.items():
-                row[f"val_{name}"] = mean_dice(model, data["val"], config)
-            state = {"config": vars(config), "method": method, "seed": seed, "history": history,
-                     "where": [part.where for part in data.values()],
-                     "optimizer": optimizer.state_dict(),
-                     **{name: model.state_dict() for name, model in models.items()}}
+            row.update({f"val_{name}": mean_dice(model, data["val"], config)
+                        for name, model in models.items()})
+            run["optimizer"] = optimizer.state_dict()
+            run.update({name: model.state_dict() for name, model in models.items()})
             if epoch == epochs:
-                state["metrics"] = {name: evaluate(model, data["test"], config)
-                                    for name, model in models.items()}
+                run["metrics"] = {name: evaluate(model, data["test"], config)
+                                  for name, model in models.items()}
             save_csv(path.with_suffix(".csv"), history)
-            save(path, lambda file: torch.save(state, file))
+            save(path, lambda file: torch.save(run, file))
             print_progress(row, epochs, (time.perf_counter() - start) / (epoch - first + 1))
-    return state
+    return run
 
 
 def print_progress(row, epochs, seconds):
     """One line on an epoch, a row of the history; seconds: what an epoch took so far."""
     cells = [f"{name} {value:<7.4g}" for name, value in row.items() if not math.isnan(value)]
-    left = f"{seconds * (epochs - row['epoch']) / 60:.1f} min left"
-    print(*cells, left, sep="  ", flush=True)
+    print(*cells, f"{seconds * (epochs - row['epoch']) / 60:.1f} min left", sep="  ", flush=True)
 
 
 def save(path, write):
@@ -807,20 +810,20 @@ def save_csv(path, rows):
     save(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
 
 
-def load_network(state, name):
+def load_network(run, name):
     """Build the student or the teacher that a checkpoint holds. -> network in eval mode."""
-    network = build_network(Config(**state["config"]))
-    network.load_state_dict(state[name])
+    network = build_network(Config(**run["config"]))
+    network.load_state_dict(run[name])
     return network.eval()
 
 
 def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        require({"method", "seed", "where", "history"} <= state.keys(), "parts are missing")
-        load_network(state, "student")
-        return state
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        require({"method", "seed", "where", "history"} <= run.keys(), "parts are missing")
+        load_network(run, "student")
+        return run
     except Exception as error:                           # unpickling raises almost anything
         raise InputError(f"{path}: is no checkpoint of this program ({type(error).__name__}); "
                          "name another, or delete it to train anew") from error
@@ -831,17 +834,15 @@ def load_run(path, config, data, parts=()):
 
     parts: dict of the networks and the optimiser that take up its state.
     """
-    state, free = load_checkpoint(path), ("out", "method", "runs", "seed", "device")
-    theirs = {**state["config"], "slices": state["where"]}
+    run, free = load_checkpoint(path), ("out", "method", "runs", "seed", "device")
+    theirs = {**run["config"], "slices": run["where"]}
     ours = {**vars(config), "slices": [part.where for part in data.values()]}
     differs = [key for key in ours if key not in free and theirs.get(key) != ours[key]]
-    if path.stem != f"{state['method']}-seed{state['seed']}":
-        differs.append("name")
     require(not differs, f"{path}: differs in {', '.join(differs)} from this run; choose another "
                          "--out, or --overwrite")
     for name in parts:
-        parts[name].load_state_dict(state[name])
-    return state
+        parts[name].load_state_dict(run[name])
+    return run
 
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
@@ -868,31 +869,28 @@ def experiment(config, overwrite=False):
     """
     out, methods = Path(config.out), METHODS if config.method == "both" else (config.method,)
     data = load_data(config, pick_device(config.device))
-    if not overwrite:
-        for path in out.glob("*-seed*.pt"):
-            load_run(path, config, data)
+    for path in [] if overwrite else out.glob("*-seed*.pt"):
+        load_run(path, config, data)
     save(out / "config.json", lambda file: file.write(json.dumps(vars(config), indent=1).encode()))
     jobs = list(itertools.product(methods, range(config.seed, config.seed + config.runs)))
-    paths = [out / f"{method}-seed{seed}.pt" for method, seed in jobs]
     # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for (method, seed), path in [*zip(jobs, paths)][rank::world]:
-        if overwrite:
-            path.unlink(missing_ok=True)
-        train(config, method, seed, data)
+    for method, seed in jobs[rank::world]:
+        train(config, method, seed, data, overwrite)
+    paths = [out / f"{method}-seed{seed}.pt" for method, seed in jobs]
     runs = [load_checkpoint(path) for path in paths if path.exists()]
-    done = [run for run in runs if "metrics" in run]
-    if len(done) < len(jobs):
-        print(f"{out}: {len(done)} of {len(jobs)} runs are finished")
+    finished = [run for run in runs if "metrics" in run]
+    if len(finished) < len(jobs):
+        print(f"{out}: {len(finished)} of {len(jobs)} runs are finished")
         return None
-    return report(config, done, data["test"])
+    return report(config, finished, data["test"])
 
 
 def pick_device(name="auto"):
     """Turn --device into a device; under torchrun, each process gets its own GPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and name in ("auto", "cuda"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         one = torch.ones(1, device=best if name == "auto" else name)
         require(one.item() == 1, "does not compute")
@@ -909,9 +907,10 @@ def report(config, runs, slices):
             row = scores.setdefault(LABELS[run["method"], model], {name: [] for name in METRICS})
             for name in METRICS:
                 row[name].append(float(np.mean(metrics[name])))
-            for (site, scan, z), *values in zip(slices.where, *(metrics[m] for m in METRICS)):
-                rows.append({"method": run["method"], "seed": run["seed"], "model": model, "site":
-                             site, "subject": scan, "slice": z, **dict(zip(METRICS, values))})
+            for k, (site, scan, z) in enumerate(slices.where):
+                rows.append({"method": run["method"], "seed": run["seed"], "model": model,
+                             "site": site, "subject": scan, "slice": z,
+                             **{name: metrics[name][k] for name in METRICS}})
     # The paper's rows belong to the challenge's data. The phantom has its layout, but no --data.
     challenge = config.data != "" and slices.where[0][0].startswith("site")
     table, difference = make_table(scores, challenge)
@@ -956,7 +955,7 @@ def draw_curves(runs, path):
     for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
         for run, (column, model) in itertools.product(runs, columns.items()):
             points = [(row["step"], row[column]) for row in run["history"]
-                      if not math.isnan(row[column])]
+                      if not math.isnan(row.get(column, math.nan))]
             if points:
                 label = LABELS[run["method"], model]
                 axis.plot(*zip(*points), "--" if model == "teacher" else "-", color=COLORS[label],
@@ -967,10 +966,7 @@ def draw_curves(runs, path):
 
 
 def draw_examples(config, runs, slices, path):
-    """Outlines of the rater and of each method's first run on four test slices, into a PNG.
-
-    With both methods: the slices, of four scans, on which their Dice differs most and least.
-    """
+    """Outlines of the rater and of each method's first run on four test slices, into a PNG."""
     columns, dice = {"image": None, "rater": slices.masks}, {}
     for run in runs:
         if run["seed"] == config.seed:
@@ -978,24 +974,22 @@ def draw_examples(config, runs, slices, path):
             label, network = LABELS[run["method"], model], load_network(run, model)
             found = predict_probabilities(network.to(slices.images.device), slices.images)
             columns[label], dice[label] = found > config.threshold, run["metrics"][model]["dice"]
-    gaps = np.ptp(np.array(list(dice.values())), axis=0)
-    most = {slices.where[k][1]: k for k in np.argsort(gaps)}     # of each scan, the last: largest
-    ranked = sorted(most.values(), key=lambda k: -gaps[k])
-    picked = list(dict.fromkeys(ranked[:2] + ranked[-2:]))
+    order = np.argsort(-np.ptp([*dice.values()], axis=0)).tolist()
+    picked = list(dict.fromkeys(order[:2] + order[-2:]))
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
-    figure.suptitle("Of four test scans, those on which the methods differ most (top) and least")
+    figure.suptitle("Test slices on which the methods differ most (top) and least"
+                    if len(dice) > 1 else "Test slices")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    for (row, column), axis in np.ndenumerate(axes):
-        k, (title, masks) = picked[row], list(columns.items())[column]
-        image, near = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k, 0:1], 9, 1, 4) > 0
-        low, high = image[near[0].cpu()].quantile(torch.tensor([0.02, 0.98])).tolist()
+    for axis, (k, (title, masks)) in zip(axes.flat, itertools.product(picked, columns.items())):
+        image, around = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k], 9, 1, 4)[0].cpu()
+        low, high = image[around > 0].quantile(torch.tensor([0.02, 0.98])).tolist()
         margin = (high - low) / 2                        # the window is the cord's, not the fat's
-        axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
+        axis.imshow(image, cmap="gray", vmin=low - margin, vmax=high + margin)
         caption = "{1}, slice {2}".format(*slices.where[k]) if title == "image" else ""
-        axis.set(xticks=[], yticks=[], title=title if row == 0 else "",
+        axis.set(xticks=[], yticks=[], title=title,
                  xlabel=f"Dice {dice[title][k]:.1f} %" if title in dice else caption)
         if masks is not None and masks[k].any():
-            axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[title])
+            axis.contour(masks[k, 0].cpu(), [0.5], colors=COLORS[title])
     save(path, lambda file: figure.savefig(file, dpi=110))
 
 
@@ -1026,9 +1020,8 @@ def predict_volume(image, network, config, name="image", center=(0.0, 0.0)):
     found = center_crop(found, *sampled.shape[2:], [-px for px in shift])   # undoes the crop
     found = F.interpolate(found, size=volume.shape[1::-1], mode="bilinear", antialias=True)
     found = found.squeeze(1).flip(1).permute(2, 1, 0).numpy()           # (X, Y, Z), RAS
-    stored = nib.orientations.io_orientation(image.affine)
-    turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), stored)
-    return nib.orientations.apply_orientation(found, turn).astype(np.float32)
+    turn = nib.orientations.ornt_transform(*map(nib.io_orientation, (affine, image.affine)))
+    return nib.apply_orientation(found, turn).astype(np.float32)
 
 
 def predict(argv):
@@ -1045,17 +1038,18 @@ def predict(argv):
                         help="where to look: mm from the image's centre, to posterior and right")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     given = parser.parse_args(argv)
-    state = load_checkpoint(given.checkpoint)
-    network = load_network(state, "teacher" if "teacher" in state else "student").to(pick_device())
-    config, folder = Config(**state["config"]), given.image.is_dir()
-    paths = sorted(given.image.glob("*.nii*")) if folder else [given.image]
-    require(paths, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
-    outputs = [given.output / path.name if folder else given.output for path in paths]
-    for path, output in zip(paths, outputs):
+    run = load_checkpoint(given.checkpoint)
+    network = load_network(run, "teacher" if "teacher" in run else "student").to(pick_device())
+    config, outputs = Config(**run["config"]), {given.output: given.image}
+    if given.image.is_dir():
+        paths = sorted(given.image.glob("[!.]*.nii*"))
+        outputs = {given.output / path.name: path for path in paths}
+    require(outputs, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
+    for output, path in outputs.items():
         require(output.name.endswith((".nii", ".nii.gz")), f"{output}: end it in .nii or .nii.gz")
         require(given.overwrite or not output.exists(), f"{output}: is there; see --overwrite")
         require(not output.exists() or not output.samefile(path), f"{output}: is the image itself")
-    for path, output in zip(paths, outputs):
+    for output, path in outputs.items():
         image = load_nifti(path)
         found = predict_volume(image, network, config, path, given.center) > config.threshold
         # With the image's header: its geometry, codes and units.
@@ -1065,13 +1059,14 @@ def predict(argv):
         content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
         save(output, lambda file: file.write(content))
         print(f"{output}: {found.sum()} voxels of foreground")
-    return outputs
+    return list(outputs)
 
 
 # --- 12. The phantom -----------------------------------------------------------------------------
 # A study that needs no request: 4 sites x 20 subjects of synthetic cervical cords, in the layout
-# and file names of the challenge, like real ones by measurement (contrast, sizes, spread between
-# people). Distances in mm; brightness relative to white matter.
+# and file names of the challenge. Nothing of the method is in here. Each draw(low, high) is one
+# property of one subject; its range was set until contrast, sizes and the spread between people
+# measured as in six real scans. Distances in mm; brightness relative to white matter.
 # mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest and most;
 # black: empty ones more at each end; unit: integer stored for white matter; axes: as stored.
 Site = collections.namedtuple("Site", "mm thick size slices black unit axes")
@@ -1093,31 +1088,15 @@ def stroke(x, y, x0, y0, x1, y1, radius):
     return torch.hypot(x - x0 - along * dx, y - y0 - along * dy) - radius
 
 
-def phantom_subject(site, generator):
-    """Paint one subject. -> image (Z, Y, X) int16, four raters' masks (4, Z, Y, X) uint8.
+def paint_cord(x, y, z, draw, noise):
+    """A cord and what is around it. -> image, distances from the cord and its grey matter, mm.
 
-    x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
+    From the back to the front, like a painter: each shape covers what is there. (Z, Y, X) each.
     """
-    def draw(low, high):                                 # once for the subject
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    def noise(length):                                   # (Z, Y, X) std 1, smooth over that length
-        cells = max(2, round(site.size * site.mm / length) + 1)
-        corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
-        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
-        return one * torch.cos(z / 60) + two * torch.sin(z / 60)       # another one after 10 cm
-
     def paint(value, distance):                          # a shape, over what is there
         return image + (value - image) * torch.sigmoid(-distance / 0.12)        # edge: 0.5 mm
 
-    # Everybody lies differently: a few mm off centre (the demo's crop is 16 mm wide), turned by a
-    # few degrees, and nobody is symmetric: the grid is bent by 0.25 mm. Sizes vary by some 10 %.
-    count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
-    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * site.thick
-    axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
-    y, x = torch.meshgrid(axis - draw(-2.5, 2.5), axis - draw(-2.5, 2.5), indexing="ij")
-    tilt = math.radians(draw(-15, 15))
-    x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
+    # Nobody is symmetric: the grid is bent by 0.25 mm. Sizes vary by some 10 %.
     x, y = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1), y + 0.25 * noise(5)
     side = x.abs()
     stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
@@ -1148,6 +1127,31 @@ def phantom_subject(site, generator):
     grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6  # union
     image = paint(white + draw(0.16, 0.28), grey)
     image = paint(draw(1, 1.5), stroke(x, y, 0, 0.5 * deep, 0, 1.2 * deep, 0.1))
+    return image, cord, grey
+
+
+def phantom_subject(site, generator):
+    """Paint one subject. -> image (Z, Y, X) int16, four raters' masks (4, Z, Y, X) uint8.
+
+    x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
+    """
+    def draw(low, high):                                 # once for the subject
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    def noise(length):                                   # (Z, Y, X) std 1, smooth over that length
+        cells = max(2, round(site.size * site.mm / length) + 1)
+        corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
+        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
+        return one * torch.cos(z / 60) + two * torch.sin(z / 60)       # another one after 10 cm
+
+    # Everybody lies differently: a few mm off centre (the demo's crop is 16 mm wide), turned
+    count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
+    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * site.thick
+    axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
+    y, x = torch.meshgrid(axis - draw(-2.5, 2.5), axis - draw(-2.5, 2.5), indexing="ij")
+    tilt = math.radians(draw(-15, 15))
+    x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
+    image, cord, grey = paint_cord(x, y, z, draw, noise)
 
     # Scanner: a coil that is brighter nearby; it measures the image's frequencies up to those of
     # voxels of 0.5 to 0.75 mm (that blurs, and rings a little), with noise, in both components
@@ -1220,12 +1224,12 @@ def parse(argv):
     parser.add_argument("--overwrite", action="store_true", help="train anew what is in --out")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
-        example = (field.default or ("",))[0] if several else field.default
-        shown = " ".join(map(str, field.default)) if several else field.default
+        default = field.default if several else (field.default,)
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, type=type(example),
-            choices=field.metadata["choices"], help=f"{field.metadata['help']} [{shown}]",
-            **({"nargs": "+", "metavar": "X"} if several else {}))
+            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+            nargs="+" if several else None, type=type(default[0]) if default else str,
+            choices=field.metadata["choices"],
+            help=f"{field.metadata['help']} [{' '.join(map(str, default))}]")
     given = {key: tuple(value) if isinstance(value, list) else value
              for key, value in vars(parser.parse_args(argv)).items()}
     overwrite = given.pop("overwrite")
@@ -1258,7 +1262,7 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command, without --overwrite, goes on")
+        print("interrupted; training goes on with the same command, without --overwrite")
         raise SystemExit(130) from None
 
 
