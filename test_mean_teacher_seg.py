@@ -953,6 +953,7 @@ def checkpoint(little, tmp_path_factory):
 def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_path, capsys):
     for name in ("a", "b"):
         write_nifti(tmp_path / f"in/{name}.nii.gz", cord(1)[0])
+    (tmp_path / "in/._a.nii.gz").write_bytes(b"another system's file")
     whole, one = (["predict", tmp_path / path, "--checkpoint", checkpoint, "--output"]
                   for path in ("in", "in/a.nii.gz"))
     assert main(*whole, tmp_path / "out") == [tmp_path / f"out/{x}.nii.gz" for x in "ab"]
