@@ -369,7 +369,7 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     # Labelled and unlabelled slices pass through the networks apart, as in the authors' code. In
     # one pass BatchNorm would normalise each kind by the mean of both, and unlabelled slices would
     # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline: with the
-    # same draws, the same step. (Only the running statistics, for evaluation, then see both.)
+    # same draws, the same step. (Only the running statistics, for evaluation, see both: README.md)
     parts = [images] if teacher is None or len(unlabelled) == 0 else [images, unlabelled]
     phis = [sample_affine(len(x), *affine, device=x.device) for x in parts]               # line 2
     views, inside = zip(*[augment(x, phi, noise) for x, phi in zip(parts, phis)])
