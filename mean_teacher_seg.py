@@ -518,10 +518,12 @@ def load_nifti(path):
     try:
         with nib.imageglobals.ErrorLevel(30):            # no silent repair of voxel sizes <= 0
             image = nib.load(path)
-        shape, mm = image.shape, nib.affines.voxel_sizes(image.affine)
+        shape, mm = image.shape, image.header.get_zooms()
+        require(isinstance(image, nib.Nifti1Image), "is no NIfTI; convert it")
         require(len(shape) == 3, f"has {len(shape)} dimensions, expected 3; split it")
-        require(np.isfinite(nib.io_orientation(image.affine)).all() and 0.01 < mm.min()
-                and mm.max() < 100 and 0 < math.prod(shape) * max(1, mm[0] * mm[1]) < 2 ** 28,
+        require(all(0.01 < size < 100 for size in [*mm, *nib.affines.voxel_sizes(image.affine)])
+                and np.isfinite(nib.io_orientation(image.affine)).all()         # not singular
+                and 0 < math.prod(shape) * max(1, mm[0] * mm[1]) < 2 ** 28,
                 f"{shape} voxels of {mm} mm or their affine make no sense; correct its header")
         volume = image.get_fdata(dtype=np.float32)
         require(np.isfinite(volume).all(), "has NaN or infinite voxels; mend them")
@@ -838,6 +840,8 @@ def load_run(path, config, data, parts=()):
     theirs = {**run["config"], "slices": run["where"]}
     ours = {**vars(config), "slices": [part.where for part in data.values()]}
     differs = [key for key in ours if key not in free and theirs.get(key) != ours[key]]
+    if path.stem != f"{run['method']}-seed{run['seed']}":
+        differs.append("name")
     require(not differs, f"{path}: differs in {', '.join(differs)} from this run; choose another "
                          "--out, or --overwrite")
     for name in parts:
