@@ -1,48 +1,52 @@
 # SPDX-License-Identifier: MIT
-"""Mean-teacher semi-supervised segmentation, in one file.
+"""Mean-teacher semi-supervised segmentation in one file.
 
 The method of C. S. Perone and J. Cohen-Adad, "Deep semi-supervised segmentation with
-weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657: to outline the grey matter in
-MRI slices of the spinal cord. A student network f(theta) learns from a few labelled slices. A
-teacher f(theta') is the exponential moving average of its weights. On labelled and unlabelled
-slices alike, the student is pulled towards the teacher.
+weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. Their task is to segment the
+grey matter in MRI slices of the spinal cord. A student network f(theta) learns from a few slices
+with masks. A teacher f(theta') has the exponential moving average of the student's weights. On
+labelled and unlabelled slices alike, the student is trained to agree with the teacher.
 
-    Algorithm 1, as section 6 of this file builds it
+    Algorithm 1, as section 6 of this file implements it
      1  for each mini-batch of slices x, the first of them with masks y
      2      draw phi, a small affine transformation for every slice
-     3      z  = f(theta, g(x + noise; phi))           student: transformed BEFORE its forward pass
-     4      z~ = g(f(theta', x + other noise); phi)    teacher: the same phi AFTER it, "delayed"
-     5      L  = -Dice(z, g(y; phi))                   labelled slices only            (eq. 3)
-     6      C  = BCE(z, z~)                            labelled and unlabelled slices  (eq. 2)
-     7      loss = L + w C                             w ramps up over the first epochs
-     8      update theta with Adam                     no gradient goes through the teacher
+     3      z  = f(theta, g(x; phi) + noise)          student: transformed BEFORE its forward pass
+     4      z~ = g(f(theta', x + other noise); phi)   teacher: the same phi AFTER it, "delayed"
+     5      L  = -Dice(z, g(y; phi))                  labelled slices only            (eq. 3)
+     6      C  = BCE(z, z~)                           labelled and unlabelled slices  (eq. 2)
+     7      loss = L + w C                            w ramps up over the first epochs
+     8      update theta with Adam                    no gradient goes through the teacher
      9      t  = t + 1
-    10      theta' = alpha theta' + (1 - alpha) theta  (eq. 1)
-    (The paper prints line 4 as f(theta', g(x; phi')). Its section 2.1 delays the transformation,
-    as here; what remains of phi', the teacher's own perturbation, is the noise.)
+    10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
 
-    python mean_teacher_seg.py                    demo: a phantom, both methods, minutes on a CPU
+New here? Read sections 3 to 6 first: they are the method, in 250 lines, and need only copy, math
+and torch. The paper as a whole is sections 1 to 6.
+
+    python mean_teacher_seg.py                    demo on a synthetic phantom, minutes on a CPU
     python mean_teacher_seg.py --data DIR         your scans (in the layout of the Spinal Cord Grey
-        Matter challenge, SCGM, of BIDS or of the Decathlon), the paper's settings
+        Matter challenge (SCGM), of BIDS or of the Decathlon) with the paper's settings: a GPU
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
     python mean_teacher_seg.py --help             every number of the paper is an option
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-Measured: ten runs of the demo (two CPU cores, PyTorch 2.13, a minute each), test Dice, mean (std):
-supervised 73.96 (1.34), teacher 76.08 (1.54). Real MRI (hippocampus): 74.71 (1.71), 76.99 (1.54).
+Measured: see README.md.
 
 Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
-6 training step. That is the paper; 3 to 6 need copy, math and torch only. Then 7 data, 8 metrics,
-9 training, 10 experiment, 11 predict, 12 phantom, 13 command line. A bare "section 4" is this
-file's; the paper's are "paper, section 2.1".
+6 training step, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict, 12 phantom,
+13 command line. "Section 4" in a comment is a section of this file; those of the paper are
+written "paper, section 2.1".
 """
 import argparse
 import collections
+import contextlib
 import copy
+import csv
 import dataclasses
+import glob
 import gzip
+import io
 import itertools
 import json
 import math
@@ -66,84 +70,104 @@ from torch import nn
 # Every default is the paper's (its section 3.1), except where the text says "authors" or "here".
 # authors: the paper is silent, and the value is that of the first author's public code for these
 # data (github.com/perone/medicaltorch) and for the follow-up study with the same settings
-# (github.com/neuropoly/domainadaptation); the paper's own training code was never published.
-# here: our choice. Every field is an option of the command line; --help prints these texts.
+# (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
+# here: our choice. Every field is an option of the command line, and --help prints these texts.
 
-def option(default, text, least=0, most=1e9, choices=None):
-    return dataclasses.field(default=default, metadata={
-        "help": text, "range": (least, most), "choices": choices})
+def option(default, help_text, least=0, most=1e9, choices=None):
+    metadata = {"help": help_text, "range": (least, most), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The paper's experiment; dataclasses.replace() makes another."""
+    """The paper's experiment. dataclasses.replace() makes a variant of it."""
     # What to run
-    data: str = option("", "folder of scans: SCGM, BIDS (T2star) or Decathlon; empty: the phantom")
+    data: str = option("", "folder of scans: SCGM, BIDS or Decathlon layout; empty: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
     method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
-    runs: int = option(1, "runs per method, seeds SEED, SEED + 1, ... (here: 1; paper: 10)", 1)
+    runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
     device: str = option("auto", "cuda, mps, cpu or auto")
     # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
-    spacing: float = option(0.25, "in-plane voxel size after resampling, mm", 0.02)
+    spacing: float = option(0.25, "in-plane pixel size after resampling, mm", 0.02)
     crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 8, 2048)
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)", 1, 255)
-    rater: str = option("4", "whose masks (authors)", choices=["1", "2", "3", "4", "majority"])
-    split: tuple = option((2, 2, 3), "people per site (BIDS: in all) to train, validate, test")
-    split_seed: int = option(0, "seed of that draw, the same for every run")
+    rater: str = option("4", "SCGM: whose masks (authors)", choices=["1", "2", "3", "4"])
+    contrast: tuple = option(("T2star", "T2starw"), "BIDS: suffixes of the images (here)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: how a mask's name goes on after the "
+                              "image's name and _ (here)")
+    split: tuple = option((2, 2, 3), "random split: training, validation and test subjects per "
+                          "site (BIDS, Decathlon: in all)")
+    split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
     train: tuple = option((), "training subjects by name, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name")
-    unlabelled: tuple = option((), "unlabelled subjects by name; empty: who is left over")
+    unlabelled: tuple = option((), "unlabelled subjects by name; empty: all that are left")
     # Network
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
-    # Optimisation; pairs are (supervised, mean teacher), one number is for both
-    epochs: tuple = option((1600, 350), "epochs; one is a pass over the labelled slices", 1)
+    # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
+    epochs: tuple = option((1600, 350), "epochs; without --steps, one is a pass over the labelled "
+                           "slices", 1)
+    steps: int = option(0, "training steps in all, whatever the size of the data: an epoch is an "
+                        "equal share of them; 0: off")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
     unlabelled_batch: int = option(8, "unlabelled slices beside them (authors); 0: none")
-    lr: float = option(6e-4, "eta, Adam's learning rate at its highest", 1e-9)
+    lr: float = option(6e-4, "eta, Adam's highest learning rate", 1e-9)
     lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
-    # The consistency is a mean over all N pixels, Dice a ratio over the F of foreground: beside
-    # Dice, w pulls at a pixel in proportion to F / N. So with another crop or organ begin with
-    # 2.9 * 0.4 % / (your F / N): the paper's F / N is 0.4 %. DEMO has 6 % and keeps 2.9 all the
-    # same, 15 times the pull: its validation people did no better with 1 or 6.
+    # Dice is a ratio over the F foreground pixels, the consistency a mean over all N pixels.
+    # Relative to the Dice loss, the consistency gradient per pixel scales with w F / N. F / N is
+    # 0.4 % in the paper: for another crop or organ, w = 2.9 * 0.004 / (your F / N) pulls equally
+    # hard. It is a starting point only; tune w on validation subjects.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of that ramp-up")
     alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "or mse, worse (paper, section 2)", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "or same: one warped input for both, worse (paper, "
+    consistency: str = option("bce", "or mse, worse in the paper (section 2)",
+                              choices=["bce", "mse"])
+    augmentation: str = option("delayed", "or same: one warped input for both networks (paper, "
                                "section 2.1)", choices=["delayed", "same"])
-    confidence: float = option(0.0, "leave out where the teacher's max(y, 1-y) is less; did "
-                               "not help (paper, section 2)", 0, 1)
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
+                               "not help in the paper (section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of added noise; the paper's N(0, 0.01) read as variance")
-    # Evaluation and machine, all decided here
-    threshold: float = option(0.5, "probability above which a pixel is foreground", 0, 1)
-    validate_every: int = option(10, "epochs between two validations, progress lines, saves", 1)
-    precision: str = option("bfloat16", "of training's passes on CUDA; all else is float32",
-                            choices=["bfloat16", "float32"])
+    noise: float = option(0.1, "std of the added noise; the paper's N(0, 0.01) as variance")
+    # Evaluation
+    threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
+    validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
 
 
-# DEMO is the same method for two CPU cores; both arms take the same steps. What is not here is the
-# paper's. lr and epochs were tuned for the supervised arm, on validation subjects of phantoms that
-# are not the published one and of real scans (README.md), and kept for both arms.
+# The groups of --help: the first field of each, and its title.
+GROUPS = {"data": "what to run", "spacing": "data", "width": "network", "epochs": "optimisation",
+          "consistency_weight": "mean teacher", "degrees": "augmentation",
+          "threshold": "evaluation"}
+
+# DEMO is the same method, small enough for two CPU cores. Both methods take the same steps. It
+# was tuned for the supervised network, on validation subjects, and then kept for both (README.md).
+# Fields that are not named here have the paper's value.
 DEMO = dataclasses.replace(
-    Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
-    width=8, dropout=0.0,                                # not tuned: README.md tells of 0.1
-    epochs=(30,), consistency_ramp=30,                   # the ramp takes the whole run
-    batch=4, unlabelled_batch=4,                         # more steps in the same time
-    lr=3e-3, lr_ramp=3,                                  # a narrow network bears a higher rate
-    weight_decay=(2e-3,),                                # a higher rate, a shorter run: stronger
-    alpha=0.95, alpha_late=0.99, alpha_epochs=8,         # memory: 20, then 100 of 690 steps
-    degrees=12.0, validate_every=5)                      # more rotation: 8 subjects are few
+    Config(),
+    crop=64,                                             # 16 mm: all grey matter of the phantom
+    width=8,
+    dropout=0.0,
+    epochs=(30,),
+    steps=700,
+    batch=4,                                             # more steps in the same time
+    unlabelled_batch=4,
+    lr=3e-3,                                             # a narrow network tolerates a higher one
+    lr_ramp=3,
+    weight_decay=(2e-3,),
+    consistency_ramp=30,                                 # the whole run
+    alpha=0.95,                                          # memory: 20 steps, then 100
+    alpha_late=0.99,
+    alpha_epochs=8,
+    degrees=12.0,                                        # more than the paper's: 8 subjects only
+    validate_every=5)
 
 
 # --- 2. U-Net ------------------------------------------------------------------------------------
@@ -203,12 +227,16 @@ def dice_loss(probabilities, masks):
     """Negative Dice coefficient over the whole mini-batch, in [-1, 0].
 
     probabilities (B, 1, H, W) in [0, 1], masks of the same shape in {0, 1} -> float32 scalar.
+    Raises ValueError for different shapes, which would broadcast to a wrong value.
     Source: paper, eq. 3; the smoothing term is the authors'.
     """
+    if probabilities.shape != masks.shape:
+        raise ValueError(f"probabilities and masks must have the same shape, got "
+                         f"{tuple(probabilities.shape)} and {tuple(masks.shape)}")
     # L(theta) = - 2 sum_i p_i y_i / (sum_i p_i + sum_i y_i), i over all pixels of all slices.
-    # One ratio per batch, not the mean of one per slice: slices with little grey matter, where a
-    # single pixel would swing the ratio, weigh as little as they should. And no class weights: the
-    # 99.6 % background pixels, where rightly called background, add nothing to either sum.
+    # One ratio per batch, not the mean of one ratio per slice: in a slice with little grey matter
+    # a single pixel would change the ratio a lot. No class weights are needed either: the
+    # 99.6 % background pixels add nothing to either sum where they are predicted correctly.
     p, y = probabilities.float(), masks.float()
     smooth = 1e-4                                        # no 0 / 0 without any foreground
     return -(2 * (p * y).sum() + smooth) / (p.sum() + y.sum() + smooth)
@@ -219,14 +247,18 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
 
     student_logits (B, 1, H, W), teacher_probabilities of the same shape in [0, 1], valid: bool
     of the same shape, the pixels that count (None: all) -> float32 scalar >= 0; 0 if none counts.
-    Source: paper, eq. 2, its sign put right.
+    Raises ValueError for different shapes. Source: paper, eq. 2, with its sign corrected.
     """
-    # C(theta) = E[ -y log p - (1-y) log(1-p) ],  p the student's answer, y the teacher's (z~)
+    for other in (teacher_probabilities, valid):
+        if other is not None and other.shape != student_logits.shape:
+            raise ValueError(f"student_logits, teacher_probabilities and valid must have the same "
+                             f"shape, got {tuple(student_logits.shape)} and {tuple(other.shape)}")
+    # C(theta) = E[ -y log p - (1-y) log(1-p) ], p the student's and y the teacher's prediction.
     # Eq. 2 prints "-y log p + (1-y) log(1-p)". That has no minimum: at y = 0 it is log(1-p), which
-    # falls without end as p goes to 1, the very answer that the teacher calls wrong.
-    # Mind the floor: at p = y the value is the teacher's entropy, not 0. A teacher that says 0.5
-    # costs 0.693 (ln 2) a pixel however well the student agrees; but the gradient with respect to
-    # the logit, p - y, does vanish there.
+    # falls without bound as p goes to 1, and p = 1 is what the teacher calls wrong.
+    # The value has a floor: at p = y it is the teacher's entropy, not 0. Where the teacher says
+    # 0.5, a pixel costs 0.693 (ln 2) however well the student agrees. The gradient with respect
+    # to the logit is p - y and does vanish there.
     y = teacher_probabilities.float()
     distance = F.binary_cross_entropy_with_logits(student_logits.float(), y, reduction="none")
     if valid is None:
@@ -235,12 +267,15 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
 
 
 # --- 4. Delayed augmentation ---------------------------------------------------------------------
-# Rotate what the student sees, and its prediction is rotated. The teacher's, from the unrotated
-# slice, is not: pixel by pixel the two speak of different places (paper, section 2.1). Feeding
-# both the same rotated slice lines them up, but asks for no agreement between two views of the
-# same cord. So: the student's INPUT and the teacher's OUTPUT are warped, by one and the same phi.
-# No gradient flows through the teacher: its output is a constant target like a mask, and may be
-# warped like one.
+# If the student's input is rotated, its prediction is rotated too. The teacher predicts from the
+# unrotated slice, so pixel by pixel the two predictions do not line up (paper, section 2.1).
+# Giving both networks the same rotated slice lines them up, but then they do not have to agree on
+# two different views of one cord. So the student's INPUT and the teacher's OUTPUT are warped, by
+# the same phi. No gradient flows through the teacher: its output is a constant target, like a
+# mask, and can be warped like one.
+# Erratum: Algorithm 1 in the paper prints the teacher's prediction as f(theta', g(x; phi')). That
+# would warp its input. The text of section 2.1 delays the warp, and this file follows the text.
+# The teacher is perturbed only by its own noise (and Dropout).
 
 def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     """Draw n random affine transformations phi, uniform in the given ranges.
@@ -260,20 +295,20 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
 
 
 def warp(images, phi):
-    """g(.; phi): resample by an affine transformation; images, masks and probabilities alike.
+    """g(.; phi): resample images, masks or probabilities by an affine transformation.
 
     images (B, C, H, W) float, phi (B, 2, 3) in px as from sample_affine -> (B, C, H, W), float32.
     Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Source: paper, section 2.1.
     """
     height, width = images.shape[-2:]
-    # affine_grid counts from -1 to 1 across each side, whatever its length: convert px to that,
-    # or a rotation would shear an image that is not square.
+    # affine_grid counts from -1 to 1 along each side, whatever its length. Convert px to that;
+    # without it, a rotation would shear an image that is not square.
     matrix = phi.clone()
     matrix[:, 0, 1] *= height / width
     matrix[:, 1, 0] *= width / height
     matrix[:, 0, 2] *= 2 / width
     matrix[:, 1, 2] *= 2 / height
-    # Not in bfloat16, wherever this is called: 8 bits are too few for a place among 200 px.
+    # Never in bfloat16: its 8 bits are too few for a position among 200 px.
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrix, images.shape, align_corners=False)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros",
@@ -281,24 +316,27 @@ def warp(images, phi):
 
 
 def augment(images, phi, noise=0.1):
-    """What the student sees: g(x + noise; phi).
+    """What the student sees: g(x; phi) + noise.
 
-    images (B, C, H, W), phi (B, 2, 3) in px, noise: its std in the images' unit -> augmented
-    (B, C, H, W) float32; inside (B, 1, H, W) bool, False where phi reads from outside the image
-    and there is nothing to agree on. Source: paper, section 2.1.
+    images (B, C, H, W), phi (B, 2, 3) in px, noise: its std in the unit of the images -> augmented
+    (B, C, H, W) float32; inside (B, 1, H, W) bool, False where phi samples from outside the image,
+    so that there is no target. Source: paper, section 2.1.
     """
-    noisy = images + noise * torch.randn_like(images)
-    # Ones travel along: where phi reads from outside, less than 1 arrives.
-    both = warp(torch.cat([noisy, torch.ones_like(images[:, :1])], dim=1), phi)
-    return both[:, :-1].contiguous(), both[:, -1:] > 0.999   # a strided view would be slower
+    # Warp a channel of ones too: it drops below 1 where phi samples outside the image.
+    ones = torch.ones_like(images[:, :1])
+    warped = warp(torch.cat([images, ones], dim=1), phi)         # (B, C + 1, H, W)
+    inside = warped[:, -1:] > 0.999
+    # The noise comes after the warp. Before it, interpolation would average neighbouring pixels:
+    # a std of 0.1 would shrink to 0.067, and the student would see less noise than the teacher.
+    return warped[:, :-1] + noise * torch.randn_like(images), inside
 
 
 @torch.no_grad()
 def delayed_targets(teacher, images, phi, noise=0.1):
-    """What the student shall agree with: the teacher's answer to the unwarped slice, then warped.
+    """The student's targets: the teacher's prediction of the unwarped slice, warped afterwards.
 
-    teacher: maps (B, C, H, W) to logits (B, 1, H, W); images, noise as for augment; phi: the very
-    same -> probabilities (B, 1, H, W) float32 in [0, 1], on the student's grid, without gradient.
+    teacher: maps (B, C, H, W) to logits (B, 1, H, W); images, phi, noise: the same as for augment
+    -> probabilities (B, 1, H, W) float32 in [0, 1], on the student's grid, without gradient.
     Source: paper, section 2.1.
     """
     probabilities = torch.sigmoid(teacher(images + noise * torch.randn_like(images)).float())
@@ -308,12 +346,13 @@ def delayed_targets(teacher, images, phi, noise=0.1):
 # --- 5. Teacher and ramps ------------------------------------------------------------------------
 
 def make_teacher(student):
-    """A copy of the student that no gradient reaches. Any nn.Module -> the same type.
+    """A copy of the student that gets no gradient. Any nn.Module -> the same type.
 
-    A teacher with random weights of its own (authors) would pull the student towards noise until
-    the average has forgotten it. Source: paper, section 2.
+    Each layer keeps its mode: one that is frozen in eval mode stays frozen. A teacher with random
+    weights of its own (authors) would pull the student towards noise until the average has
+    forgotten them. Source: paper, section 2.
     """
-    return copy.deepcopy(student).requires_grad_(False).train()
+    return copy.deepcopy(student).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -321,10 +360,10 @@ def update_teacher(student, teacher, alpha):
     """theta' <- alpha theta' + (1 - alpha) theta, in place. alpha in [0, 1]. Source: paper, eq. 1.
     """
     # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
-    # need not be: the teacher runs in train mode on every batch (Dropout on, too) and so keeps
-    # statistics of its own activations. The common bug is to skip the buffers AND run the teacher
-    # in eval mode: they stay as they were copied, at mean 0 and variance 1 in a fresh network. A
-    # teacher that has to run in eval mode needs the student's buffers copied here.
+    # need not be: the teacher runs in train mode on every batch (with Dropout, too) and so keeps
+    # running statistics of its own activations. The common bug is to skip the buffers AND run the
+    # teacher in eval mode: its buffers then stay as they were copied, at mean 0 and variance 1 in
+    # a new network. A teacher that must run in eval mode needs the student's buffers copied here.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
 
@@ -341,8 +380,8 @@ def ramp_up(epoch, length):
 def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 at the last one.
 
-    epoch: counted from 1. -> float in [0, 1], to multiply eta with. In the last epoch, at 0, the
-    student's weights rest and the teacher catches up. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], a factor of eta. In the last epoch it is 0, so only
+    the teacher changes. Source: paper, section 3.1.
     """
     if epoch <= ramp:
         return ramp_up(epoch, ramp)
@@ -357,53 +396,60 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     """One step of Algorithm 1, in place. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
     images (L, C, H, W) float, z-scored, with masks (L, 1, H, W) in {0, 1}; unlabelled (U, C, H,
-    W), U may be 0; step: how many were taken before; weight: w; affine: degrees, translation and
-    scale for sample_affine; noise: its std. teacher None: the supervised baseline, which ignores
-    unlabelled. -> dict of float32 scalars on the device: loss, dice, consistency. The caller
-    counts step, ramps weight, sets alpha and the learning rate, as train() of section 9 does, or
-    the 20 lines in README.md. ValueError if a network is in eval mode.
+    W), U may be 0; step: number of steps taken before; weight: w; affine: degrees, translation
+    and scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the
+    supervised baseline, which ignores unlabelled. -> dict of float32 scalars on the device: loss,
+    dice_loss, consistency_loss. Raises ValueError if a network is in eval mode. The caller counts
+    step, ramps weight and sets alpha and the learning rate, as train() in section 9 does.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both, also after every evaluation")
-    # Labelled and unlabelled slices pass through the networks apart, as in the authors' code. In
-    # one pass BatchNorm would normalise each kind by the mean of both, and unlabelled slices would
-    # bend the supervised gradient even at w = 0. Apart, w = 0 IS the supervised baseline: with the
-    # same draws, the same step. (Only the running statistics, for evaluation, see both: README.md)
-    parts = [images] if teacher is None or len(unlabelled) == 0 else [images, unlabelled]
-    phis = [sample_affine(len(x), *affine, device=x.device) for x in parts]               # line 2
-    views, inside = zip(*[augment(x, phi, noise) for x, phi in zip(parts, phis)])
-    y = (warp(masks, phis[0]) >= 0.5).float()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        if teacher is not None:      # first: less memory, while no student's activations wait
-            targets = [targets_of(teacher, x, phi, noise) for x, phi in zip(parts, phis)]  # line 4
-        logits = [student(view) for view in views]                                        # line 3
-    loss = dice = dice_loss(torch.sigmoid(logits[0].float()), y)                          # line 5
+    logits, targets, inside = [], [], []
+    # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
+    # In one pass, BatchNorm would normalise both by their common mean, and the unlabelled slices
+    # would change the supervised gradient even at w = 0. Separately, w = 0 IS the supervised step.
+    # (Only the running statistics, which evaluation uses, see both kinds of slices.)
+    for part, x in (("labelled", images), ("unlabelled", unlabelled)):
+        if part == "unlabelled" and (teacher is None or len(x) == 0):
+            continue
+        phi = sample_affine(len(x), *affine, device=x.device)                         # line 2
+        view, valid = augment(x, phi, noise)
+        inside.append(valid)
+        if part == "labelled":
+            warped_masks = (warp(masks, phi) >= 0.5).float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            if teacher is not None:
+                targets.append(targets_of(teacher, x, phi, noise))                    # line 4
+            logits.append(student(view))                                              # line 3
+    loss = dice = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)           # line 5
     disagreement = torch.zeros_like(dice)
     if teacher is not None:
-        # Pixels from outside the image have no target: leave them out. (Dice need not care: there
-        # the mask is 0, and so is the prediction soon.)
-        disagreement = consistency(*map(torch.cat, (logits, targets, inside)))            # line 6
-        loss = dice + weight * disagreement                                               # line 7
+        # Pixels from outside the image have no target and are ignored. (The Dice loss does not
+        # need this: there the mask is 0, and the student soon predicts 0.)
+        disagreement = consistency(torch.cat(logits), torch.cat(targets), torch.cat(inside))
+        loss = dice + weight * disagreement                                           # lines 6, 7
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()                                                                      # line 8
-    step += 1                                                                             # line 9
+    optimizer.step()                                                                  # line 8
+    step += 1                                                                         # line 9
     if teacher is not None:
-        # A plain mean at first, 1/2, 2/3, 3/4, ... (authors), until alpha takes over at step 99: a
-        # constant 0.99 would carry the random first weights along for some 100 steps. At epoch 51
-        # the paper goes on to 0.999; with its 10 steps an epoch this min() allows that by and by.
-        update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))                  # line 10
-    return {"loss": loss.detach(), "dice": dice.detach(), "consistency": disagreement.detach()}
+        # At first a plain mean of all students: alpha is 1/2, 2/3, 3/4, ... (authors), and 0.99
+        # only at step 99. A constant 0.99 would keep the random first weights in the teacher for
+        # some 100 steps. The switch to 0.999 at epoch 51 is gradual in the same way: with the
+        # paper's 10 steps per epoch, alpha is 0.998 by then and reaches 0.999 only at step 999.
+        update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))              # line 10
+    return {"loss": loss.detach(), "dice_loss": dice.detach(),
+            "consistency_loss": disagreement.detach()}
 
 
-# The paper ends here. What follows is what it takes to run it.
+# The paper ends here. The rest of the file is what it takes to run it.
 # --- 7. Data -------------------------------------------------------------------------------------
-# Volumes become axial slices: rows run from anterior to posterior, columns from the patient's left
-# to the right (neurological). All of them lie on the device as tensors before the first step.
+# Volumes become axial slices: rows run from anterior to posterior, columns from the subject's left
+# to the right (neurological convention). All slices are on the device before the first step.
 
 class InputError(Exception):
-    """Bad input. Its text names the file, what is wrong, what was expected and what to do."""
+    """Bad input. The text names the file, what is wrong, what was expected and what to do."""
 
 
 def require(condition, message):
@@ -412,15 +458,15 @@ def require(condition, message):
 
 
 class Scan(NamedTuple):
-    site: str                                            # SCGM: "site1"; else ""
-    subject: str                                         # "site1-sc01"; "sub-9709Ses1"
+    site: str                                            # SCGM: "site1"; other layouts: ""
+    subject: str                                         # "site1-sc01"; BIDS: "sub-9709Ses1"
     name: str                                            # as subject; BIDS: "sub-9709Ses1_run-1"
     image: Path
     masks: dict                                          # rater -> file; {ANY: file}; {}
 
     @property
-    def person(self):
-        return re.sub(r"Ses\d+$", "", self.subject)      # sub-9709Ses1 and Ses2 are one person
+    def individual(self):
+        return re.sub(r"Ses\d+$", "", self.subject)      # sub-9709Ses1 and Ses2: one individual
 
 
 ANY = "any"                                              # the rater, where masks do not name one
@@ -432,186 +478,340 @@ class Slices(NamedTuple):
     where: list                                          # N times (site, scan, slice from 0)
 
 
-def find_scans(folder):
-    """List the scans below a folder, in any of three layouts. -> list of Scan; InputError if none.
+def find_files(folder, pattern):
+    """Files below a folder that match a glob pattern. -> sorted list of Path, each file once.
 
-    SCGM: siteS-scNN-image.nii.gz with siteS-scNN-mask-rR.nii.gz beside it, at any depth.
-    BIDS: sub-*/**/anat/*_T2star*.nii.gz with derivatives/labels/(same path)_gmseg*.nii.gz, the
-    first of several.
-    Decathlon, nnU-Net: imagesTr/NAME.nii.gz or NAME_0000.nii.gz with labelsTr/NAME.nii.gz;
-    imagesTs without masks; every volume a person.
+    glob.glob enters linked folders and skips hidden files. Broken links are listed, so that
+    reading them reports their names.
     """
-    folder, scans = Path(folder), []
-    require(folder.is_dir(), f"{folder}: no such folder; name that of your scans with --data")
-    for image in sorted(folder.rglob("site?-sc[0-9][0-9]-image.nii.gz")):
+    files = {}
+    paths = [Path(folder, name) for name in glob.glob(pattern, root_dir=folder, recursive=True)]
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        real = path.parent.resolve() / path.name
+        if real not in files and not path.is_dir():
+            files[real] = path
+    return sorted(files.values())
+
+
+def find_scgm(folder):
+    """siteS-scNN-image.nii.gz at any depth, with siteS-scNN-mask-rR.nii.gz beside it."""
+    scans = []
+    for image in find_files(folder, "**/site?-sc[0-9][0-9]-image.nii.gz"):
         name = image.name.removesuffix("-image.nii.gz")
-        # sc11 to sc20 are the challenge's test half: unlabelled, whatever lies beside them.
-        masks = image.parent.glob(f"{name}-mask-r?.nii.gz") if int(name[-2:]) <= 10 else []
-        scans.append(Scan(name[:5], name, name, image, {mask.name[-8]: mask for mask in masks}))
-
-    for image in sorted(folder.glob("sub-*/**/anat/*_T2star*.nii.gz")):
-        place, name = image.parent.relative_to(folder), image.name.removesuffix(".nii.gz")
-        masks = sorted((folder / "derivatives/labels" / place).glob(f"{name}_gmseg*.nii.gz"))
-        scans.append(Scan("", place.parts[0], name.split("_T2star")[0], image,
-                          {ANY: mask for mask in masks[:1]}))
-
-    images, labels = sorted(folder.glob("imagesT[rs]/[!.]*.nii.gz")), folder / "labelsTr"
-    # nnU-Net numbers the channels of an image, but not its mask: the first channel is taken.
-    plain = any((labels / image.name).exists() for image in images)
-    numbered = [image for image in images if image.name.endswith("_0000.nii.gz") and not plain]
-    for image in numbered or images:
-        name = image.name.removesuffix(".nii.gz").removesuffix("_0000" if numbered else "")
-        mask = labels / f"{name}.nii.gz"
-        labelled = image.parent.name == "imagesTr" and mask.exists()
-        scans.append(Scan("", name, name, image, {ANY: mask} if labelled else {}))
-    require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, sub-*/anat/*_T2s"
-                   "tar*.nii.gz or imagesTr/*.nii.gz below it; name their folder with --data")
+        masks = {}
+        # sc11 to sc20 are the challenge's test half: unlabelled, even if a mask lies beside them.
+        if int(name[-2:]) <= 10:
+            for mask in find_files(image.parent, f"{name}-mask-r?.nii.gz"):
+                rater = mask.name.removesuffix(".nii.gz")[-1]
+                masks[rater] = mask
+            if not masks:
+                print(f"warning: {image}: no {name}-mask-r*.nii.gz beside it; it is unlabelled")
+        scans.append(Scan(name[:5], name, name, image, masks))
     return scans
 
 
-def split_scans(scans, config):
-    """Deal the scans out. -> dict of list of Scan: train, val, test (with masks), unlabelled.
+def find_bids(folder, contrasts, mask_names):
+    """sub-*/**/anat/*_CONTRAST.nii.gz, with masks in derivatives/labels/ + the same folder.
 
-    By --train, --val and --test if given, else --split random people per site; no person is in
-    two of these. Unlabelled are the subjects of --unlabelled, who may be anybody (further scans of
-    test people, too); by default all scans left over that are of no validation or test person and,
-    if dealt by lot, have no mask. InputError if that cannot be done.
+    A mask's name is the image's name + _ + one of mask_names + anything. The first one is used.
+    """
+    scans, labels = {}, folder / "derivatives/labels"
+    for contrast in contrasts:
+        for image in find_files(folder, f"sub-*/**/anat/*_{glob.escape(contrast)}.nii.gz"):
+            stem = image.name.removesuffix(".nii.gz")
+            # Only magnitude images, and nothing that was derived from an image
+            if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
+                continue
+            place = image.parent.relative_to(folder)
+            masks = {}
+            for mask_name in mask_names:
+                pattern = f"{glob.escape(stem)}_{glob.escape(mask_name)}*.nii.gz"
+                for mask in find_files(labels / place, pattern):
+                    masks.setdefault(ANY, mask)
+            name = stem.removesuffix(f"_{contrast}")
+            scans[place, stem] = Scan("", place.parts[0], name, image, masks)
+
+    # A mask under another name must not turn a labelled scan into an unlabelled one unnoticed.
+    for (place, stem), scan in scans.items():
+        others = [f"{other}_" for folder, other in scans if folder == place and other != stem]
+        unknown = []
+        for file in find_files(labels / place, "*.nii.gz"):
+            if not file.name.startswith(tuple(others)):
+                unknown.append(file.name)
+        if unknown and not scan.masks:
+            print(f"warning: {scan.image} counts as unlabelled: {labels / place} has {unknown[0]}, "
+                  f"but no {stem}_ + {' or '.join(mask_names)} + anything; see --mask-name")
+            break                                        # one example is enough
+    return list(scans.values())
+
+
+def find_decathlon(folder):
+    """imagesTr/NAME.nii.gz with labelsTr/NAME.nii.gz; imagesTs without masks. Also nnU-Net's."""
+    images = find_files(folder, "imagesT[rs]/*.nii.gz")
+    masks = {mask.name: mask for mask in find_files(folder, "labelsTr/*.nii.gz")}
+    # nnU-Net adds a channel's number to an image's name, but not to its mask's: use channel 0.
+    numbered = [image for image in images if image.name.endswith("_0000.nii.gz")]
+    if any(image.name in masks for image in images):
+        numbered = []
+    scans = []
+    for image in numbered or images:
+        name = image.name.removesuffix(".nii.gz")
+        if numbered:
+            name = name.removesuffix("_0000")
+        mask = None
+        if image.parent.name == "imagesTr":
+            mask = masks.pop(f"{name}.nii.gz", None)
+        scans.append(Scan("", name, name, image, {ANY: mask} if mask else {}))
+    if scans and masks:
+        print(f"warning: {len(masks)} masks in {folder / 'labelsTr'} belong to no image in imagesTr,"
+              f" for example {min(masks)}; give both the same name")
+    return scans
+
+
+def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name):
+    """List the scans below a folder, in any of three layouts. -> list of Scan; InputError if none.
+
+    For the layouts see find_scgm, find_bids (contrasts: suffixes of the images; mask_names: what
+    follows the image's name in a mask's) and find_decathlon.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"{folder}: no such folder; give the folder of your scans to --data")
+    scans = find_scgm(folder) + find_bids(folder, contrasts, mask_names) + find_decathlon(folder)
+    suffixes = " or ".join(contrasts)
+    require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, sub-*/**/anat/*_ "
+                   f"{suffixes} .nii.gz (see --contrast) or imagesTr/*.nii.gz below it")
+    return scans
+
+
+def draw_subjects(scans, config):
+    """The random split. -> dict: test, val, train -> set of subjects. InputError if too few."""
+    chosen = {"test": set(), "val": set(), "train": set()}
+    n_train, n_val, n_test = config.split
+    generator = np.random.default_rng(config.split_seed)
+    for site in sorted({scan.site for scan in scans}):
+        labelled = [scan for scan in scans if scan.masks and scan.site == site]
+        individuals = sorted({scan.individual for scan in labelled})
+        require(len(individuals) >= sum(config.split),
+                f"{config.data}: {len(individuals)} subjects with masks in {site or 'all'}, too "
+                f"few for --split {n_train} {n_val} {n_test}; lower it")
+        # Test subjects are drawn first, so that they do not depend on the number to train with.
+        order = list(generator.permutation(individuals))
+        for name, count in (("test", n_test), ("val", n_val), ("train", n_train)):
+            drawn, order = order[:count], order[count:]
+            chosen[name] |= {scan.subject for scan in labelled if scan.individual in drawn}
+    return chosen
+
+
+def split_scans(scans, config):
+    """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
+
+    By --train, --val and --test if given, else a random --split of the subjects of each site. No
+    individual is in two of these sets. Unlabelled are the scans of --unlabelled (any subjects,
+    further scans of test subjects too) or, by default, all other scans of individuals that are
+    not in the validation or test set; under a random split, only those without a mask.
     """
     labelled = [scan for scan in scans if scan.masks]
-    chosen = {key: set(getattr(config, key)) for key in ("train", "val", "test", "unlabelled")}
-    for key, subjects in chosen.items():
-        known = {scan.subject for scan in (scans if key == "unlabelled" else labelled)}
-        unknown = " ".join(sorted(subjects - known))
-        require(not unknown, f"--{key}: no subject {unknown} in {config.data}, or without a mask")
-
+    names = {"train": config.train, "val": config.val, "test": config.test,
+             "unlabelled": config.unlabelled}
+    for name, subjects in names.items():
+        candidates = scans if name == "unlabelled" else labelled
+        unknown = sorted(set(subjects) - {scan.subject for scan in candidates})
+        require(not unknown, f"--{name}: no subject {' '.join(unknown)} in {config.data}, or it "
+                             "has no mask")
     by_name = bool(config.train or config.val or config.test)
     if by_name:
         require(config.train and config.test, "--train and --test must both be given")
     else:
-        generator = np.random.default_rng(config.split_seed)
-        for site in sorted({scan.site for scan in scans}):
-            here = sorted({scan.person for scan in labelled if scan.site == site})
-            require(len(here) >= sum(config.split), f"{config.data}: {len(here)} people with "
-                    f"masks in {site or 'all'}, too few for --split {config.split}; lower it")
-            # The test people are drawn first: they stay as they are with more or fewer to train.
-            parts = np.split(generator.permutation(here), np.cumsum(config.split[::-1]))
-            for key, part in zip(("test", "val", "train"), parts):
-                chosen[key] |= {scan.subject for scan in labelled if scan.person in part}
+        names.update(draw_subjects(scans, config))
 
-    sets = {key: [scan for scan in labelled if scan.subject in chosen[key]]
-            for key in ("train", "val", "test")}
-    people = {key: {scan.person for scan in part} for key, part in sets.items()}
-    for one, other in itertools.combinations(people, 2):
-        both = " ".join(sorted(people[one] & people[other]))
-        require(not both, f"{config.data}: {both} is in --{one} and in --{other}; choose one")
-    if config.unlabelled:
-        free = [scan for scan in scans if scan.subject in chosen["unlabelled"]]
-    else:
-        free = [scan for scan in scans if scan.person not in people["val"] | people["test"]
-                and (by_name or not scan.masks)]
-    taken = sum(sets.values(), [])
-    return {**sets, "unlabelled": [scan for scan in free if scan not in taken]}
+    sets, individuals = {}, {}
+    for name in ("train", "val", "test"):
+        sets[name] = [scan for scan in labelled if scan.subject in names[name]]
+        individuals[name] = {scan.individual for scan in sets[name]}
+    for one, other in itertools.combinations(sets, 2):
+        both = sorted(individuals[one] & individuals[other])
+        require(not both, f"{config.data}: {' '.join(both)} is in --{one} and in --{other}; "
+                          "choose one")
+    used = sets["train"] + sets["val"] + sets["test"]
+    sets["unlabelled"] = []
+    for scan in scans:
+        if config.unlabelled:
+            wanted = scan.subject in config.unlabelled
+        else:
+            wanted = scan.individual not in individuals["val"] | individuals["test"]
+            wanted = wanted and (by_name or not scan.masks)
+        if wanted and scan not in used:
+            sets["unlabelled"].append(scan)
+    return sets
 
 
 def load_nifti(path):
     """Read a 3-D NIfTI and check it. -> nibabel image in memory, float32; InputError if unfit."""
     try:
-        with nib.imageglobals.ErrorLevel(30):            # no silent repair of voxel sizes <= 0
+        with nib.imageglobals.ErrorLevel(30):            # report voxel sizes <= 0, do not repair
             image = nib.load(path)
-        shape, mm = image.shape, image.header.get_zooms()
-        require(isinstance(image, nib.Nifti1Image), "is no NIfTI; convert it")
-        require(len(shape) == 3, f"has {len(shape)} dimensions, expected 3; split it")
-        require(all(0.01 < size < 100 for size in [*mm, *nib.affines.voxel_sizes(image.affine)])
-                and np.isfinite(nib.io_orientation(image.affine)).all()         # not singular
-                and 0 < math.prod(shape) * max(1, mm[0] * mm[1]) < 2 ** 28,
-                f"{shape} voxels of {mm} mm or their affine make no sense; correct its header")
+        require(isinstance(image, nib.Nifti1Image), "is not a NIfTI file; convert it")
+        image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
+        dtype, unit = image.get_data_dtype(), image.header.get_xyzt_units()[0]
+        mm = [float(size) for size in nib.affines.voxel_sizes(image.affine)]
+        sizes = mm + [float(size) for size in image.header.get_zooms()]
+        require(dtype.kind in "biuf", f"has {dtype} voxels, expected one real number each; "
+                                      "convert it (complex: take the magnitude)")
+        require(len(image.shape) == 3, f"has {len(image.shape)} dimensions, expected 3; split it")
+        require(0 < math.prod(image.shape) <= 2 ** 30,
+                f"has {' x '.join(map(str, image.shape))} voxels, expected 1 to 2^30; crop it")
+        require(unit in ("mm", "unknown"), f"has voxel sizes in {unit}, expected mm; convert it")
+        require(min(sizes) > 0.01 and max(sizes) < 100
+                and np.isfinite(nib.io_orientation(image.affine)).all(),     # NaN: singular
+                f"has voxels of {mm} mm or an affine that make no sense; correct its header")
         volume = image.get_fdata(dtype=np.float32)
-        require(np.isfinite(volume).all(), "has NaN or infinite voxels; mend them")
+        require(np.isfinite(volume).all(), "has NaN or infinite voxels; replace them")
         return nib.Nifti1Image(volume, image.affine, image.header)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:                           # nibabel's readers raise a dozen kinds
-        raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch it again") from error
+    except Exception as error:                           # nibabel's readers raise a dozen types
+        raise InputError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}); "
+                         "download or convert it again") from error
 
 
 def canonical(image):
-    """Voxels with axes to the right, anterior, superior. -> array (X, Y, Z), affine."""
+    """Turn a nibabel image to RAS. -> array (X, Y, Z) float32, voxel sizes in mm."""
     image = nib.as_closest_canonical(image)
-    return image.get_fdata(dtype=np.float32), image.affine
+    return image.get_fdata(dtype=np.float32), nib.affines.voxel_sizes(image.affine)
 
 
-def read_mask(scan, rater, shape, affine, label=(1,)):
-    """Foreground of one rater or of the majority. -> array (X, Y, Z) float32 in {0, 1}.
+def read_mask(scan, config, image):
+    """The foreground of a scan. -> nibabel image in {0, 1}, voxel by voxel as the scan's image.
 
-    InputError if a mask is not on its image's grid (shape, affine) or holds anything but whole
-    numbers from 0 to 255. Published masks differ in the header's fourth decimal: a quarter of a
-    voxel, at the worst corner, is allowed.
+    InputError if the mask is not on the image's grid or has values other than whole numbers from 0
+    to 255. A quarter of a voxel at the worst corner is allowed: published masks differ from their
+    images in the header's fourth decimal.
     """
-    votes = []
-    for key in scan.masks if rater == "majority" or ANY in scan.masks else [rater]:
-        require(key in scan.masks, f"{scan.image}: no mask of rater {key}; choose another --rater")
-        mask, mask_affine = canonical(load_nifti(scan.masks[key]))
-        corners = np.array([*itertools.product(*((-0.5, n - 0.5) for n in shape))])      # voxels
-        moved = nib.affines.apply_affine(np.linalg.inv(affine) @ mask_affine, corners)
-        require(mask.shape == shape and np.abs(moved - corners).max() <= 0.25,
-                f"{scan.masks[key]}: is not on the grid of its image, {shape}; resample it")
-        odd = np.setdiff1d(mask, np.arange(256))[:4]
-        require(not odd.size, f"{scan.masks[key]}: has values {odd}, not whole ones from 0 to 255")
-        votes.append(np.isin(mask, label))
-    return (np.mean(votes, axis=0) > 0.5).astype(np.float32)  # a 2-2 tie is background
-
-
-def to_slices(volume, voxel_mm, spacing):
-    """Cut a volume (X, Y, Z) into axial slices resampled in their plane. -> (Z, 1, H, W) float32.
-
-    voxel_mm: its voxel size; spacing: the wanted one, mm (met to half a pixel in the whole width).
-    Linear, antialiased when shrinking. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
-    """
-    slices = torch.from_numpy(volume.transpose(2, 1, 0)[:, None, ::-1].copy())    # (Z, 1, Y, X)
-    size = [max(1, round(volume.shape[axis] * voxel_mm[axis] / spacing)) for axis in (1, 0)]
-    return F.interpolate(slices, size=size, mode="bilinear", antialias=True)
+    rater = ANY if ANY in scan.masks else config.rater
+    require(rater in scan.masks, f"{scan.image}: no mask of rater {rater}; choose another --rater")
+    path = scan.masks[rater]
+    mask = load_nifti(path)
+    # Store the mask along the image's own axes. Turning each to RAS by its own affine would fail
+    # near 45 degrees, where a rounding error decides which axis is closest.
+    to_image = np.linalg.inv(image.affine)
+    mask = mask.as_reoriented(nib.io_orientation(to_image @ mask.affine))
+    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in image.shape])))  # voxels
+    moved = nib.affines.apply_affine(to_image @ mask.affine, corners)
+    require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
+            f"{path}: is not on the grid of its image, {image.shape}; resample it")
+    values = mask.get_fdata(dtype=np.float32)
+    rounded = np.rint(values)                            # files that were saved again can be off
+    bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
+    require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].tolist()}, expected "
+                           "whole numbers from 0 to 255; threshold or convert it")
+    foreground = np.isin(rounded, config.label)
+    if not foreground.any():
+        print(f"warning: {path}: no voxel has a value of --label {config.label}, only "
+              f"{np.unique(rounded).astype(int).tolist()[:9]}; the scan is not used")
+    return nib.Nifti1Image(foreground.astype(np.float32), image.affine)
 
 
 def center_crop(slices, height, width, shift=(0, 0)):
     """Crop (N, 1, H, W) around its centre, or pad it with 0, to (N, 1, height, width).
 
-    shift: px by which to move the crop down and to the right. Cropping back to H x W with the
-    opposite shift undoes a pad, and puts a crop back in its place.
+    shift: px by which the crop moves down and to the right. Cropping back to H x W with the
+    opposite shift undoes a padding, and puts a crop back in its place.
     """
     top = int((slices.shape[2] - height) / 2) + shift[0]  # int, not //: pad and crop round alike
     left = int((slices.shape[3] - width) / 2) + shift[1]
-    bottom, right = slices.shape[2] - height - top, slices.shape[3] - width - left
-    return F.pad(slices, (-left, -right, -top, -bottom))  # a negative pad crops
+    bottom = slices.shape[2] - height - top
+    right = slices.shape[3] - width - left
+    return F.pad(slices, (-left, -right, -top, -bottom))  # a negative padding crops
 
 
-def normalise(slices):
-    """Give each slice mean 0 and std 1, since every scanner has a scale of its own."""
-    mean, std = slices.mean((2, 3), keepdim=True), slices.std((2, 3), keepdim=True)
-    return (slices - mean) / std.clamp(min=1e-6)
+def resampled_size(volume, voxel_mm, spacing):
+    """Height and width of an axial slice of (X, Y, Z) after resampling to `spacing` mm, px."""
+    height = max(1, round(float(volume.shape[1] * voxel_mm[1] / spacing)))
+    width = max(1, round(float(volume.shape[0] * voxel_mm[0] / spacing)))
+    require(height * width <= 2 ** 26, f"voxels of {voxel_mm[0]:g} x {voxel_mm[1]:g} mm, resampled "
+            f"to {spacing} mm, give slices of {height} x {width} px, more than 2^26; check "
+            "--spacing and the voxel size")
+    return height, width
+
+
+def to_slices(volume, voxel_mm, config, shift=(0, 0)):
+    """Axial slices of a volume (X, Y, Z), resampled, then cropped. -> (Z, 1, crop, crop) float32.
+
+    Linear interpolation, antialiased when shrinking. The slices are processed one by one: whole
+    resampled volumes can be larger than the memory. shift: of the crop, px. Source: "resampled to
+    0.25 x 0.25 mm", paper, section 3.1.
+    """
+    size = resampled_size(volume, voxel_mm, config.spacing)
+    crops = []
+    for z in range(volume.shape[2]):
+        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())            # (Y, X)
+        plane = F.interpolate(plane[None, None], size=size, mode="bilinear", antialias=True)
+        crops.append(center_crop(plane, config.crop, config.crop, shift))  # (1, 1, crop, crop)
+    return torch.cat(crops)
+
+
+def normalise(slices, exists):
+    """Z-score each slice, since every scanner has its own intensity scale.
+
+    slices (N, 1, H, W); exists (1, 1, H, W) in {0, 1}: pixels inside the image. Only these count
+    in mean and std, so that the result does not depend on the zeros around a small image; the
+    others become 0. So does a slice without contrast. -> (N, 1, H, W) float32
+    """
+    slices = slices.double()                             # an offset of 10^4 must not cost digits
+    n = exists.sum().clamp(min=1)
+    mean = (slices * exists).sum((2, 3), keepdim=True) / n
+    centred = (slices - mean) * exists
+    std = (centred.square().sum((2, 3), keepdim=True) / n).sqrt()
+    largest = (slices * exists).abs().amax((2, 3), keepdim=True)
+    has_contrast = std > 1e-6 * largest                  # not just rounding errors
+    return torch.where(has_contrast, centred / std, 0).float()
+
+
+def read_images(image, config, shift=(0, 0)):
+    """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
+    volume, voxel_mm = canonical(image)
+    ones = np.ones((*volume.shape[:2], 1), np.float32)   # a slice that is 1 inside the image
+    exists = (to_slices(ones, voxel_mm, config, shift) > 0.5).float()
+    return normalise(to_slices(volume, voxel_mm, config, shift), exists)
 
 
 def read_scan(scan, config, labelled):
-    """One scan's slices -> Slices. An unlabelled one's masks are not even opened.
+    """The slices of one scan -> Slices. The masks of an unlabelled scan are not even opened.
 
-    Slices without any contrast are dropped and, if labelled, those without foreground.
+    Slices without contrast are dropped and, in a labelled scan, those without foreground.
     """
-    volume, affine = canonical(load_nifti(scan.image))
-    voxel_mm, side = nib.affines.voxel_sizes(affine), config.crop
-    images = center_crop(to_slices(volume, voxel_mm, config.spacing), side, side)
-    masks, keep = images[:0], images.flatten(1).std(1) > 0
+    image = load_nifti(scan.image)
+    try:
+        images = read_images(image, config)
+    except InputError as error:
+        raise InputError(f"{scan.image}: {error}") from None
+    keep = images.flatten(1).any(1)
+    masks = images[:0]
     if labelled:
-        mask = read_mask(scan, config.rater, volume.shape, affine, config.label)
-        whole = (to_slices(mask, voxel_mm, config.spacing) >= 0.5).float()
-        masks = center_crop(whole, side, side)
-        if masks.sum() < 0.99 * whole.sum():
-            far = (whole.nonzero()[:, 2:] - torch.tensor(whole.shape[2:]) / 2).abs().max().item()
-            print(f"warning: {scan.image}: {1 - masks.sum() / whole.sum():.0%} of its foreground "
-                  f"is outside the centre crop, {side} px of {config.spacing} mm; "
-                  f"--crop {8 * math.ceil((2 * far + 1) / 8)} would hold it")
+        volume, voxel_mm = canonical(read_mask(scan, config, image))
+        masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
+        warn_if_cropped(scan.image, volume, voxel_mm, config)
         keep &= masks.flatten(1).any(1)
         masks = masks[keep]
-    return Slices(normalise(images)[keep], masks,
-                  [(scan.site, scan.name, int(z)) for z in keep.nonzero()])
+    if not keep.any():
+        print(f"warning: {scan.image}: no slice of it can be used: none has "
+              f"{'contrast and foreground' if labelled else 'contrast'} inside the crop")
+    where = [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
+    return Slices(images[keep], masks, where)
+
+
+def warn_if_cropped(path, mask, voxel_mm, config):
+    """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
+    if not mask.any():
+        return
+    positions = np.argwhere(mask)[:, :2]                 # (N, 2), voxels along X and Y
+    center = (np.array(mask.shape[:2]) - 1) / 2
+    distances = (np.abs(positions - center) * voxel_mm[:2]).max(1)       # (N,), mm
+    outside = np.mean(distances > config.crop * config.spacing / 2)
+    if outside > 0.01:
+        side = (2 * distances.max() + max(voxel_mm[:2])) / config.spacing        # px
+        print(f"warning: {path}: {outside:.0%} of its foreground is outside the centre crop of "
+              f"{config.crop} px of {config.spacing} mm; --crop {8 * math.ceil(side / 8)} holds it")
 
 
 def load_data(config, device="cpu"):
@@ -619,18 +819,22 @@ def load_data(config, device="cpu"):
     folder = Path(config.data or phantom_folder())
     if not config.data and not folder.exists():
         write_phantom(folder)
-    data, faults, nothing = {}, [], torch.zeros(0, 1, config.crop, config.crop)
-    for name, scans in split_scans(find_scans(folder), config).items():
-        parts = [Slices(nothing, nothing, [])]
-        for scan in scans:
+    scans = find_scans(folder, config.contrast, config.mask_name)
+    nothing = torch.zeros(0, 1, config.crop, config.crop)
+    data, faults = {}, []
+    for name, members in split_scans(scans, config).items():
+        images, masks, where = [nothing], [nothing], []
+        for scan in members:
             try:
-                parts.append(read_scan(scan, config, labelled=name != "unlabelled"))
+                slices = read_scan(scan, config, labelled=name != "unlabelled")
             except InputError as error:
                 faults.append(str(error))                # to report all of them at once
-        images, masks, where = zip(*parts)
-        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device),
-                            sum(where, []))
-        print(f"{name:>10}: {len(data[name].where):4d} slices of {len(scans):2d} scans")
+                continue
+            images.append(slices.images)
+            masks.append(slices.masks)
+            where += slices.where
+        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device), where)
+        print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
     require(data["train"].where and data["test"].where,
             f"{folder}: no foreground in any training or any test slice; check --crop and --label")
@@ -660,20 +864,25 @@ def segmentation_metrics(predictions, masks):
 @torch.no_grad()
 def predict_probabilities(model, images, batch=32):
     """Probability of foreground, in eval mode. (N, 1, H, W) z-scored -> the same shape."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    probabilities = [torch.sigmoid(model(part).float()) for part in images.split(batch)]
-    model.train(training)
+    probabilities = []
+    for part in images.split(batch):
+        probabilities.append(torch.sigmoid(model(part).float()))
+    for module, mode in modes.items():                   # train() would wake up frozen layers
+        module.training = mode
     return torch.cat(probabilities)
 
 
 def evaluate(model, slices, config):
     """segmentation_metrics of a network on Slices. -> dict of list of N floats in percent."""
-    found = predict_probabilities(model, slices.images) > config.threshold
-    return {name: x.tolist() for name, x in segmentation_metrics(found, slices.masks).items()}
+    predictions = predict_probabilities(model, slices.images) > config.threshold
+    metrics = segmentation_metrics(predictions, slices.masks)
+    return {name: values.tolist() for name, values in metrics.items()}
 
 
 def mean_dice(model, slices, config):
+    """Mean Dice of a network over Slices, percent; NaN without slices."""
     return float(np.mean(evaluate(model, slices, config)["dice"])) if slices.where else math.nan
 
 
@@ -685,121 +894,185 @@ def build_network(config):
 
 
 def build(config, method, device):
-    """What a run trains. -> dict of networks, student and (but for the baseline) teacher; Adam."""
-    # Channels-last memory is what tensor cores want, and 1.1 to 1.4 times as fast on a CPU.
-    models = {"student": build_network(config).to(device, memory_format=torch.channels_last)}
-    if method == "mean_teacher":
-        models["teacher"] = make_teacher(models["student"])
-    # Adam's own weight_decay is the paper's L2 penalty; AdamW's is not.
+    """What is trained. -> student, teacher (None for the supervised baseline), optimiser"""
+    # Tensor cores need channels-last memory, and a CPU is 1.1 to 1.4 times as fast with it. On
+    # MPS, BatchNorm computes wrong values from it (PyTorch issues 175189 and 188371).
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    student = build_network(config).to(device, memory_format=layout)
+    teacher = make_teacher(student) if method == "mean_teacher" else None
+    # The paper's L2 penalty is Adam's own weight_decay. AdamW's is a different method.
     decay = config.weight_decay[-1 if method == "mean_teacher" else 0]
-    optimizer = torch.optim.Adam(models["student"].parameters(), betas=(0.9, 0.999), fused=True,
-                                 weight_decay=decay)
-    return models, optimizer
+    optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, betas=(0.9, 0.999),
+                                 weight_decay=decay, fused=True)
+    return student, teacher, optimizer
 
 
 @torch.no_grad()
 def same_input_targets(teacher, images, phi, noise):
     """For --augmentation same: the teacher too sees a warped slice, and nothing is delayed."""
-    return torch.sigmoid(teacher(warp(images + noise * torch.randn_like(images), phi)).float())
+    warped = warp(images, phi)
+    return torch.sigmoid(teacher(warped + noise * torch.randn_like(images)).float())
+
+
+def mse_consistency(student_logits, teacher_probabilities, valid):
+    """For --consistency mse: mean squared difference over the valid pixels."""
+    squares = (torch.sigmoid(student_logits.float()) - teacher_probabilities) ** 2
+    return (squares * valid).sum() / valid.sum().clamp(min=1)
 
 
 def step_options(config, device):
-    """The arguments of train_step that stay the same for a whole run, ablations among them."""
+    """The arguments of train_step that stay the same for a whole run. -> dict"""
+    distance = consistency_loss if config.consistency == "bce" else mse_consistency
+
     def consistency(logits, targets, valid):
-        valid = valid & (torch.maximum(targets, 1 - targets) >= config.confidence)
-        if config.consistency == "bce":
-            return consistency_loss(logits, targets, valid)
-        squares = (torch.sigmoid(logits.float()) - targets) ** 2
-        return (squares * valid).sum() / valid.sum().clamp(min=1)
+        confident = torch.maximum(targets, 1 - targets) >= config.confidence
+        return distance(logits, targets, valid & confident)
 
-    targets_of = delayed_targets if config.augmentation == "delayed" else same_input_targets
+    # bfloat16 only where the GPU computes in it: older ones (T4, V100) emulate it slowly, or fail.
+    amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return {"affine": (config.degrees, config.translation, config.scale), "noise": config.noise,
-            "amp": config.precision == "bfloat16" and device.type == "cuda",
-            "targets_of": targets_of, "consistency": consistency}
+            "amp": amp, "consistency": consistency,
+            "targets_of": same_input_targets if config.augmentation == "same" else delayed_targets}
 
 
-def batches(labelled, unlabelled, count, extra):
-    """One epoch: every labelled slice once, in a new order; a part batch at the end is dropped.
+def batch_sizes(config, method, data):
+    """-> numbers of labelled and unlabelled slices in a mini-batch; InputError if too small."""
+    n_labelled = min(config.batch, len(data["train"].images))
+    n_unlabelled = 0
+    if method == "mean_teacher" and len(data["unlabelled"].images):
+        n_unlabelled = config.unlabelled_batch
+    require(config.crop > 8 or (n_labelled != 1 and n_unlabelled != 1),
+            "--crop 8 and a batch of one slice leave one value per channel at the bottom of the "
+            "U-Net, which BatchNorm cannot normalise; raise --crop, --batch or --unlabelled-batch")
+    return n_labelled, n_unlabelled
 
-    Yields images (count, 1, H, W), masks (count, 1, H, W), unlabelled images (extra, 1, H, W).
+
+def shuffled(n, count, device):
+    """`count` indices below n: all in random order, then all again in another one, and so on."""
+    orders = [torch.randperm(n, device=device) for _ in range(math.ceil(count / n))]
+    return torch.cat(orders)[:count]
+
+
+def batches(data, steps, n_labelled, n_unlabelled):
+    """The mini-batches of one epoch. data: as from load_data.
+
+    Yields `steps` times images (n_labelled, 1, H, W), masks of that shape, and unlabelled images
+    (n_unlabelled, 1, H, W). Unlike a zip of two loaders, which ends with the shorter one, it goes
+    on with a new order when a set is used up.
     """
-    n, m, device = len(labelled.images), len(unlabelled.images), labelled.images.device
-    order, rounds = torch.randperm(n, device=device), math.ceil(n // count * extra / max(1, m))
-    others = torch.randperm(m, device=device).repeat(rounds)         # as often as it takes
-    for i in range(n // count):
-        mine, more = order[i * count:(i + 1) * count], others[i * extra:(i + 1) * extra]
-        yield labelled.images[mine], labelled.masks[mine], unlabelled.images[more]
+    labelled, unlabelled = data["train"], data["unlabelled"]
+    device = labelled.images.device
+    labelled_order = shuffled(len(labelled.images), steps * n_labelled, device)
+    unlabelled_order = labelled_order[:0]
+    if n_unlabelled:
+        unlabelled_order = shuffled(len(unlabelled.images), steps * n_unlabelled, device)
+    for i in range(steps):
+        x = labelled_order[i * n_labelled:(i + 1) * n_labelled]
+        u = unlabelled_order[i * n_unlabelled:(i + 1) * n_unlabelled]
+        yield labelled.images[x], labelled.masks[x], unlabelled.images[u]
 
 
-def train(config, method, seed, data, overwrite=False):
-    """Train one network (and its teacher); evaluate the last epoch on the test set.
+def train(config, method, seed, data):
+    """Train one network (and its teacher), and evaluate the last epoch on the test set.
 
-    method: supervised or mean_teacher; data: from load_data, on the device. Saves METHOD-seedS.pt
-    and .csv into config.out and, unless it overwrites them, goes on from there; on a CPU an
-    interrupted run ends bit for bit as any other. -> dict: history (a dict per epoch),
-    metrics[model][metric] (a list over the test slices), and the state_dicts student and teacher.
+    method: supervised or mean_teacher; data: from load_data, on the device. Saves the files
+    METHOD-seedS.pt and .csv in config.out and continues from them if they exist; on a CPU, an
+    interrupted run ends bit for bit like an uninterrupted one. -> dict: history (a dict per
+    epoch), metrics[model][metric] (a list over the test slices), the state_dicts student, teacher.
     """
-    labelled, unlabelled, semi = data["train"], data["unlabelled"], method == "mean_teacher"
-    epochs, device = config.epochs[-1 if semi else 0], labelled.images.device
-    count = min(config.batch, len(labelled.images))
-    extra = config.unlabelled_batch if semi and unlabelled.where else 0
-    steps = len(labelled.images) // count
-    print(f"\n{method}, seed {seed}: {epochs} epochs x {steps} steps = {epochs * steps} steps of "
-          f"{count} + {extra} slices on {device.type}")
-    # Seeded anew for the weights and for every epoch, a resumed run needs no generator's state.
+    semi = method == "mean_teacher"
+    epochs = config.epochs[-1 if semi else 0]
+    n_labelled, n_unlabelled = batch_sizes(config, method, data)
+    steps = config.steps or epochs * (len(data["train"].images) // n_labelled)
+    device = data["train"].images.device
+    print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
+          f"{n_unlabelled} unlabelled slices per step, on {device.type}")
+    warn_of_short_ramps(config, epochs, semi)
+    # Reseeding at every epoch means that a checkpoint needs no RNG state.
     torch.manual_seed(1_000_000 * seed)
-    models, optimizer = build(config, method, device)
-    student, teacher = models["student"], models.get("teacher")
+    student, teacher, optimizer = build(config, method, device)
+    models = {"student": student, "teacher": teacher} if semi else {"student": student}
+    options = step_options(config, device)
     path = Path(config.out, f"{method}-seed{seed}.pt")
-    run = {"config": vars(config), "method": method, "seed": seed, "history": [],
-           "where": [part.where for part in data.values()]}
-    if path.exists() and not overwrite:
-        run = load_run(path, config, data, {**models, "optimizer": optimizer})
-    history, options, start = run["history"], step_options(config, device), time.perf_counter()
-    first = len(history) + 1
+    checkpoint = {"config": vars(config), "method": method, "seed": seed, "history": []}
+    if path.exists():
+        checkpoint = resume(path, method, seed, {**models, "optimizer": optimizer})
+    history = checkpoint["history"]
+    start, first_epoch = time.perf_counter(), len(history) + 1
 
-    for epoch in range(first, epochs + 1):
+    for epoch in range(first_epoch, epochs + 1):
         torch.manual_seed(1_000_000 * seed + epoch)      # batches, phi, noise, Dropout
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         optimizer.param_groups[0]["lr"] = lr
         weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp)
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
-        losses = [train_step(student, teacher, optimizer, *slices, step, weight, alpha, **options)
-                  for step, slices in enumerate(batches(labelled, unlabelled, count, extra),
-                                                start=(epoch - 1) * steps)]
-        dice, consistency = (torch.stack([loss[name] for loss in losses]).mean().item()
-                             for name in ("dice", "consistency"))   # here it waits for the device
-        row = {"epoch": epoch, "step": epoch * steps, "lr": lr, "dice_loss": dice,
-               **({"weight": weight, "consistency_loss": consistency} if semi else {}),
-               **{f"val_{name}": math.nan for name in models}}
+
+        step, last_step = steps * (epoch - 1) // epochs, steps * epoch // epochs
+        dice_losses, consistency_losses = [], []
+        for x, y, u in batches(data, last_step - step, n_labelled, n_unlabelled):
+            losses = train_step(student, teacher, optimizer, x, y, u, step, weight, alpha,
+                                **options)
+            dice_losses.append(losses["dice_loss"])
+            consistency_losses.append(losses["consistency_loss"])
+            step += 1
+
+        row = {"epoch": epoch, "step": step, "lr": lr}
+        row["dice_loss"] = torch.stack(dice_losses).mean().item()        # waits for the device
+        if semi:
+            row["weight"] = weight
+            row["consistency_loss"] = torch.stack(consistency_losses).mean().item()
+        for name in models:
+            row[f"val_{name}"] = math.nan
         history.append(row)
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
-            row.update({f"val_{name}": mean_dice(model, data["val"], config)
-                        for name, model in models.items()})
-            run["optimizer"] = optimizer.state_dict()
-            run.update({name: model.state_dict() for name, model in models.items()})
+            for name, model in models.items():
+                row[f"val_{name}"] = mean_dice(model, data["val"], config)
+                checkpoint[name] = model.state_dict()
             if epoch == epochs:
-                run["metrics"] = {name: evaluate(model, data["test"], config)
-                                  for name, model in models.items()}
+                checkpoint["metrics"] = {name: evaluate(model, data["test"], config)
+                                         for name, model in models.items()}
+            checkpoint["optimizer"] = optimizer.state_dict()
             save_csv(path.with_suffix(".csv"), history)
-            save(path, lambda file: torch.save(run, file))
-            print_progress(row, epochs, (time.perf_counter() - start) / (epoch - first + 1))
-    return run
+            save_checkpoint(path, checkpoint)
+            seconds_per_epoch = (time.perf_counter() - start) / (epoch - first_epoch + 1)
+            print_progress(row, seconds_per_epoch * (epochs - epoch))
+    return checkpoint
 
 
-def print_progress(row, epochs, seconds):
-    """One line on an epoch, a row of the history; seconds: what an epoch took so far."""
-    cells = [f"{name} {value:<7.4g}" for name, value in row.items() if not math.isnan(value)]
-    print(*cells, f"{seconds * (epochs - row['epoch']) / 60:.1f} min left", sep="  ", flush=True)
+def warn_of_short_ramps(config, epochs, semi):
+    """Say what --epochs that end before a ramp does will reach."""
+    if epochs < config.lr_ramp:
+        print(f"warning: {epochs} epochs end before --lr-ramp {config.lr_ramp}: the learning rate "
+              f"reaches {config.lr * ramp_up(epochs, config.lr_ramp):.2g} of {config.lr:g}")
+    if semi and epochs < config.consistency_ramp:
+        weight = config.consistency_weight * ramp_up(epochs, config.consistency_ramp)
+        print(f"warning: {epochs} epochs end before --consistency-ramp {config.consistency_ramp}: "
+              f"the weight w reaches {weight:.2g} of {config.consistency_weight:g}")
 
 
-def save(path, write):
-    """Let write(file) fill a file that takes its name, or replaces another, only when whole."""
+def print_progress(row, seconds):
+    """One line about an epoch, under a header before the first one. row: of the history."""
+    columns = {"epoch": "5d", "step": "6d", "dice_loss": "10.4f", "consistency_loss": "17.4f",
+               "val_student": "12.1f", "val_teacher": "12.1f"}
+    header, line = "", ""
+    for name, form in columns.items():
+        if name in row:
+            text = f"{row[name]:{form}}"
+            header += f"{name.replace('_', ' '):>{len(text) + 2}}"
+            line += "  " + text
+    if row["epoch"] == 1:
+        print(f"{header}  minutes left")
+    print(f"{line}  {seconds / 60:12.1f}", flush=True)
+
+
+def save(path, content):
+    """Write bytes to a file that takes its name, or replaces another, only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
+    # The process id keeps apart two processes that write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
@@ -808,45 +1081,62 @@ def save(path, write):
 
 
 def save_csv(path, rows):
-    lines = [",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]]
-    save(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
+    """Write dicts with the same keys as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def load_network(run, name):
-    """Build the student or the teacher that a checkpoint holds. -> network in eval mode."""
-    network = build_network(Config(**run["config"]))
-    network.load_state_dict(run[name])
-    return network.eval()
+def save_checkpoint(path, checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    save(path, buffer.getvalue())
 
 
 def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
     try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
-        require({"method", "seed", "where", "history"} <= run.keys(), "parts are missing")
-        load_network(run, "student")
-        return run
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "method", "seed", "history", "student"} - checkpoint.keys()
+        require(not missing, f"it has no {', '.join(sorted(missing))}")
+        return checkpoint
     except Exception as error:                           # unpickling raises almost anything
-        raise InputError(f"{path}: is no checkpoint of this program ({type(error).__name__}); "
-                         "name another, or delete it to train anew") from error
+        raise InputError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: "
+                         f"{error}); give another file") from error
 
 
-def load_run(path, config, data, parts=()):
-    """Go on with a run. -> its checkpoint; InputError if it is of other settings or data.
+def load_states(path, checkpoint, parts):
+    """Load the state of networks and optimiser. parts: dict of what has a load_state_dict."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint[name])
+        except Exception as error:
+            raise InputError(f"{path}: its {name} does not fit the one that this file builds "
+                             f"({error}); restore build_network and build, or train anew with "
+                             "another --out") from error
 
-    parts: dict of the networks and the optimiser that take up its state.
-    """
-    run, free = load_checkpoint(path), ("out", "method", "runs", "seed", "device")
-    theirs = {**run["config"], "slices": run["where"]}
-    ours = {**vars(config), "slices": [part.where for part in data.values()]}
-    differs = [key for key in ours if key not in free and theirs.get(key) != ours[key]]
-    if path.stem != f"{run['method']}-seed{run['seed']}":
-        differs.append("name")
-    require(not differs, f"{path}: differs in {', '.join(differs)} from this run; choose another "
-                         "--out, or --overwrite")
-    for name in parts:
-        parts[name].load_state_dict(run[name])
-    return run
+
+def load_network(path, name):
+    """The student or the teacher of a checkpoint file. -> network in eval mode, Config"""
+    checkpoint = load_checkpoint(path)
+    try:
+        config = Config(**checkpoint["config"])
+    except TypeError as error:
+        raise InputError(f"{path}: is of another version ({error}); train anew") from error
+    network = build_network(config)
+    load_states(path, checkpoint, {name: network})
+    return network.eval(), config
+
+
+def resume(path, method, seed, parts):
+    """Continue a run. parts: networks and optimiser, which get their state. -> its checkpoint"""
+    checkpoint = load_checkpoint(path)
+    require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
+            f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
+    load_states(path, checkpoint, parts)
+    return checkpoint
 
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
@@ -855,12 +1145,8 @@ METHODS = ("supervised", "mean_teacher")
 LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
-COLORS = {"rater": "#009e73", "supervised": "#d55e00",    # Okabe and Ito's: safe for every eye
+COLORS = {"rater": "#009e73", "supervised": "#d55e00",   # Okabe and Ito: for all colour vision
           "mean teacher (student)": "#56b4e9", "mean teacher (teacher)": "#0072b2"}
-PAPER = {"paper: supervised": ("67.92 (0.31)", "53.68 (0.33)", "99.75 (0.01)",         # Table 1
-                               "57.95 (0.79)", "92.50 (0.91)", "99.78 (0.01)"),
-         "paper: semi-supervised": ("70.21 (0.23)", "55.51 (0.25)", "99.79 (0.00)",
-                                    "64.73 (0.77)", "86.11 (0.94)", "99.85 (0.01)")}
 
 
 def experiment(config, overwrite=False):
@@ -868,133 +1154,236 @@ def experiment(config, overwrite=False):
 
     scores[row][metric]: a list over seeds of the mean over test slices, percent; difference: the
     teacher's Dice minus the supervised network's, mean and standard error over seeds, or None.
-    Under torchrun the runs are dealt out; the process that ends last reports, the others return
-    None. InputError if config.out holds runs of another configuration, unless to be overwritten.
+    Under torchrun the processes share the seeds; the one that ends last reports, the others return
+    None. InputError if config.out holds runs of other settings or slices.
     """
-    out, methods = Path(config.out), METHODS if config.method == "both" else (config.method,)
-    data = load_data(config, pick_device(config.device))
-    for path in [] if overwrite else out.glob("*-seed*.pt"):
-        load_run(path, config, data)
-    save(out / "config.json", lambda file: file.write(json.dumps(vars(config), indent=1).encode()))
-    jobs = list(itertools.product(methods, range(config.seed, config.seed + config.runs)))
-    # A batch of 16 small slices does not fill one GPU: many GPUs take many runs, not one in parts.
+    device = pick_device(config.device)
+    methods = METHODS if config.method == "both" else (config.method,)
+    seeds = range(config.seed, config.seed + config.runs)
+    # All data are read before the first training, so that every fault is found at once.
+    splits = {}                                          # seed of a split -> dict of Slices
+    for seed in seeds:
+        split_seed = seed if config.split_seed == -1 else config.split_seed
+        if split_seed not in splits:
+            one_split = dataclasses.replace(config, split_seed=split_seed)
+            splits[split_seed] = load_data(one_split, device)
+            for method in methods:
+                batch_sizes(config, method, splits[split_seed])
+    # A batch of 16 small slices does not fill a GPU: many GPUs train many runs, not one together.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for method, seed in jobs[rank::world]:
-        train(config, method, seed, data, overwrite)
-    paths = [out / f"{method}-seed{seed}.pt" for method, seed in jobs]
-    runs = [load_checkpoint(path) for path in paths if path.exists()]
-    finished = [run for run in runs if "metrics" in run]
-    if len(finished) < len(jobs):
-        print(f"{out}: {len(finished)} of {len(jobs)} runs are finished")
-        return None
-    return report(config, finished, data["test"])
+    own_seeds = seeds[rank::world]
+    out = Path(config.out)
+    if overwrite:
+        remove_runs(out, seeds, own_seeds, first=rank == 0)
+    prepare_folder(out, config, splits, overwrite)
+    studies = {}                                         # seed of a run -> its data
+    for seed in seeds:
+        studies[seed] = splits[seed if config.split_seed == -1 else config.split_seed]
+    for seed in own_seeds:
+        for method in methods:
+            train(config, method, seed, studies[seed])
+
+    checkpoints = []
+    for method, seed in itertools.product(methods, seeds):
+        path = out / f"{method}-seed{seed}.pt"
+        checkpoint = load_checkpoint(path) if path.exists() else {}
+        if "metrics" not in checkpoint:
+            print(f"{path}: not finished yet; the last process reports")
+            return None
+        checkpoints.append(checkpoint)
+    return report(config, checkpoints, studies)
+
+
+def remove_runs(out, seeds, own_seeds, first):
+    """Delete the old runs of a folder, for --overwrite.
+
+    Under torchrun each process deletes the runs of its own seeds, and the first one also those
+    that no process trains and the results.
+    """
+    for path in out.glob("*-seed*.*"):
+        match = re.fullmatch(r"(supervised|mean_teacher)-seed(\d+)\.(pt|csv)", path.name)
+        if match and (int(match[2]) in own_seeds or first and int(match[2]) not in seeds):
+            path.unlink()
+    if first:
+        for name in ("config.json", "table.md", "metrics.csv", "curves.png", "examples.png"):
+            (out / name).unlink(missing_ok=True)
+
+
+def prepare_folder(out, config, splits, overwrite):
+    """Write config.json. InputError if an older one has other settings or slices."""
+    path = out / "config.json"
+    slices = {}
+    for split_seed, data in splits.items():
+        slices[str(split_seed)] = {name: part.where for name, part in data.items()}
+    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))  # tuples: lists
+    if path.exists() and not overwrite:
+        try:
+            old = json.loads(path.read_text())
+            old_config, old_slices = dict(old["config"]), dict(old["slices"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: cannot be read ({error!r}); choose another --out, or use "
+                             "--overwrite to replace the runs beside it") from error
+        # Runs, seeds and methods can be added; where the data are and what computes can change.
+        free = ("data", "out", "method", "runs", "seed", "device")
+        differs = []
+        for name, value in record["config"].items():
+            if name not in free and old_config.get(name) != value:
+                differs.append(name)
+        for split_seed in set(slices) & set(old_slices):
+            if old_slices[split_seed] != record["slices"][split_seed]:
+                differs.append("slices")
+        require(not differs, f"{out}: its runs differ from this command in "
+                f"{', '.join(differs)}; choose another --out, or use --overwrite to replace them")
+        old_slices.update(record["slices"])
+        record["slices"] = old_slices
+    elif not overwrite:
+        require(not list(out.glob("*-seed*.pt")), f"{out}: has runs, but no config.json that tells "
+                "their settings; choose another --out, or use --overwrite to replace them")
+    save(path, json.dumps(record, indent=1).encode())
+    for part in out.glob(".*.part"):                     # left by processes that were killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
 
 
 def pick_device(name="auto"):
-    """Turn --device into a device; under torchrun, each process gets its own GPU."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    """Turn --device into a torch.device. Under torchrun, each process gets a GPU of its own."""
     try:
-        if torch.cuda.is_available() and name in ("auto", "cuda"):
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        one = torch.ones(1, device=best if name == "auto" else name)
+        if name == "auto":
+            name = "cpu"
+            if torch.accelerator.is_available():
+                name = torch.accelerator.current_accelerator().type
+        if name == "cuda":                               # processes share GPUs if they must
+            rank = int(os.environ.get("LOCAL_RANK", 0))
+            torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
+        one = torch.ones(1, device=name)
         require(one.item() == 1, "does not compute")
         return one.device
     except Exception as error:
-        raise InputError(f"--device {name}: not to be had here ({error}); try cpu") from error
+        raise InputError(f"--device {name}: not available ({error}); try cpu") from error
 
 
-def report(config, runs, slices):
-    """Write the table, the metrics of every slice and the pictures. -> dict, see experiment()."""
+def report(config, checkpoints, studies):
+    """Write table, per-slice metrics and pictures. studies: seed -> data. -> see experiment()"""
     out, scores, rows = Path(config.out), {}, []
-    for run in runs:
-        for model, metrics in run["metrics"].items():
-            row = scores.setdefault(LABELS[run["method"], model], {name: [] for name in METRICS})
+    for checkpoint in checkpoints:
+        method, seed = checkpoint["method"], checkpoint["seed"]
+        for model, metrics in checkpoint["metrics"].items():
+            label = LABELS[method, model]
+            if label not in scores:
+                scores[label] = {name: [] for name in METRICS}
             for name in METRICS:
-                row[name].append(float(np.mean(metrics[name])))
-            for k, (site, scan, z) in enumerate(slices.where):
-                rows.append({"method": run["method"], "seed": run["seed"], "model": model,
-                             "site": site, "subject": scan, "slice": z,
-                             **{name: metrics[name][k] for name in METRICS}})
-    # The paper's rows belong to the challenge's data. The phantom has its layout, but no --data.
-    challenge = config.data != "" and slices.where[0][0].startswith("site")
-    table, difference = make_table(scores, challenge)
+                scores[label][name].append(float(np.mean(metrics[name])))
+            for k, (site, scan, z) in enumerate(studies[seed]["test"].where):
+                row = {"method": method, "seed": seed, "model": model,
+                       "site": site, "subject": scan, "slice": z}
+                for name in METRICS:
+                    row[name] = metrics[name][k]
+                rows.append(row)
+    table, difference = make_table(scores)
     save_csv(out / "metrics.csv", rows)
-    save(out / "table.md", lambda file: file.write(table.encode()))
-    draw_curves(runs, out / "curves.png")
-    draw_examples(config, runs, slices, out / "examples.png")
+    save(out / "table.md", table.encode())
+    draw_curves(checkpoints, out / "curves.png")
+    draw_examples(config, checkpoints, studies[config.seed]["test"], out / "examples.png")
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
 
-def make_table(scores, challenge=False):
-    """Scores as Markdown in the layout of the paper's Table 1. -> text, difference (experiment()).
+def make_table(scores):
+    """Mean (std) over runs as Markdown, like the paper's Table 1. -> text, difference
 
-    challenge: are these the paper's data? Then its own two rows stand below.
+    For scores and difference see experiment().
     """
-    def cell(values):
-        return f"{np.mean(values):.2f}" + (f" ({np.std(values, ddof=1):.2f})" if runs > 1 else "")
-
-    runs = len(next(iter(scores.values()))["dice"])
-    rows = {f"test, %; runs: {runs}": [name.title().replace("Miou", "mIoU") for name in METRICS],
-            ":" + "-" * 21: ["-" * 11 + ":"] * 6,
-            **{label: map(cell, row.values()) for label, row in scores.items()},
-            **(PAPER if challenge else {})}
-    table = "".join(f"| {label:22} | {' | '.join(f'{text:>12}' for text in row)} |\n"
-                    for label, row in rows.items())
+    runs = len(scores[next(iter(scores))]["dice"])
+    titles = ["Dice", "mIoU", "Accuracy", "Precision", "Recall", "Specificity"]
+    lines = [[f"test, %; runs: {runs}", *titles], [":" + "-" * 21, *["-" * 11 + ":"] * 6]]
+    for label, metrics in scores.items():
+        line = [label]
+        for values in metrics.values():
+            std = f" ({np.std(values, ddof=1):.2f})" if runs > 1 else ""
+            line.append(f"{np.mean(values):.2f}{std}")
+        lines.append(line)
+    table = ""
+    for label, *cells in lines:
+        table += f"| {label:22} | " + " | ".join(f"{cell:>12}" for cell in cells) + " |\n"
     if len(scores) < 3:
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
-    error = float(np.std(pairs, ddof=1)) / math.sqrt(runs) if runs > 1 else math.nan
-    table += (f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice, standard error "
-              f"{f'{error:.2f}' if runs > 1 else 'unknown'}, pairs of runs: {runs}\n")
-    return table, (float(pairs.mean()), error)
+    mean, error, text = float(pairs.mean()), math.nan, "not known from one run"
+    if runs > 1:
+        error = float(np.std(pairs, ddof=1)) / math.sqrt(runs)
+        text = f"{error:.2f}"
+    table += (f"\nTeacher minus supervised: {mean:+.2f} Dice; standard error: {text}; paired over "
+              f"runs: {runs}\n")
+    return table, (mean, error)
 
 
-def draw_curves(runs, path):
-    """Losses and validation Dice against the training step, one line a run, into a PNG."""
+def save_figure(path, figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    save(path, buffer.getvalue())
+
+
+def draw_curves(checkpoints, path):
+    """Losses and validation Dice against the training step, one line per run, as PNG."""
     panels = {"Dice loss (paper, eq. 3)": {"dice_loss": "student"},
-              "Consistency loss, per pixel": {"consistency_loss": "student"},
+              "Consistency loss per pixel (eq. 2)": {"consistency_loss": "student"},
               "Validation Dice, %": {"val_student": "student", "val_teacher": "teacher"}}
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
-        for run, (column, model) in itertools.product(runs, columns.items()):
-            points = [(row["step"], row[column]) for row in run["history"]
-                      if not math.isnan(row.get(column, math.nan))]
-            if points:
-                label = LABELS[run["method"], model]
-                axis.plot(*zip(*points), "--" if model == "teacher" else "-", color=COLORS[label],
-                          label=label if run["seed"] == runs[0]["seed"] else None)
-                axis.legend()
         axis.set(title=title, xlabel="training step")
-    save(path, lambda file: figure.savefig(file, dpi=110))
+        for checkpoint in checkpoints:
+            for column, model in columns.items():
+                rows = [row for row in checkpoint["history"]
+                        if not math.isnan(row.get(column, math.nan))]
+                if not rows:
+                    continue
+                label = LABELS[checkpoint["method"], model]
+                first_run = checkpoint["seed"] == checkpoints[0]["seed"]
+                axis.plot([row["step"] for row in rows], [row[column] for row in rows],
+                          "--" if model == "teacher" else "-", color=COLORS[label],
+                          label=label if first_run else None)
+                axis.legend()
+    save_figure(path, figure)
 
 
-def draw_examples(config, runs, slices, path):
-    """Outlines of the rater and of each method's first run on four test slices, into a PNG."""
+def draw_examples(config, checkpoints, slices, path):
+    """Outlines of the rater and of each method's first run on four test slices, as PNG."""
     columns, dice = {"image": None, "rater": slices.masks}, {}
-    for run in runs:
-        if run["seed"] == config.seed:
-            *_, model = run["metrics"]                   # the teacher, if there is one
-            label, network = LABELS[run["method"], model], load_network(run, model)
-            found = predict_probabilities(network.to(slices.images.device), slices.images)
-            columns[label], dice[label] = found > config.threshold, run["metrics"][model]["dice"]
-    order = np.argsort(-np.ptp([*dice.values()], axis=0)).tolist()
-    picked = list(dict.fromkeys(order[:2] + order[-2:]))
+    for checkpoint in checkpoints:
+        if checkpoint["seed"] == config.seed:
+            model = "teacher" if "teacher" in checkpoint else "student"
+            label = LABELS[checkpoint["method"], model]
+            name = f"{checkpoint['method']}-seed{config.seed}.pt"
+            network, _ = load_network(Path(config.out, name), model)
+            network.to(slices.images.device)
+            probabilities = predict_probabilities(network, slices.images)
+            columns[label] = probabilities > config.threshold
+            dice[label] = checkpoint["metrics"][model]["dice"]
+    gaps = np.ptp(list(dice.values()), axis=0)           # between the methods, per slice
+    order = np.argsort(-gaps).tolist()
+    picked = sorted({*order[:2], *order[-2:]}, key=order.index)
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
-    figure.suptitle("Test slices on which the methods differ most (top) and least"
+    figure.suptitle("Test slices on which the methods differ most (top) and least (bottom)"
                     if len(dice) > 1 else "Test slices")
     axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    for axis, (k, (title, masks)) in zip(axes.flat, itertools.product(picked, columns.items())):
-        image, around = slices.images[k, 0].cpu(), F.max_pool2d(slices.masks[k], 9, 1, 4)[0].cpu()
-        low, high = image[around > 0].quantile(torch.tensor([0.02, 0.98])).tolist()
-        margin = (high - low) / 2                        # the window is the cord's, not the fat's
-        axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
-        caption = "{1}, slice {2}".format(*slices.where[k]) if title == "image" else ""
-        axis.set(xticks=[], yticks=[], title=title,
-                 xlabel=f"Dice {dice[title][k]:.1f} %" if title in dice else caption)
-        if masks is not None and masks[k].any():
-            axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[title])
-    save(path, lambda file: figure.savefig(file, dpi=110))
+    for row, k in zip(axes, picked):
+        # The grey-value window is that of the structure, not of bright fat around it.
+        image = slices.images[k, 0].cpu()
+        around = F.max_pool2d(slices.masks[k], 9, stride=1, padding=4)[0].cpu() > 0
+        low, high = image[around].quantile(torch.tensor([0.02, 0.98])).tolist()
+        margin = (high - low) / 2
+        for axis, (title, masks) in zip(row, columns.items()):
+            axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
+            axis.set(xticks=[], yticks=[], title=title)
+            if title == "image":
+                _, scan, z = slices.where[k]
+                axis.set_xlabel(f"{scan}, slice {z}", parse_math=False)  # names may have a $
+            if title in dice:
+                axis.set_xlabel(f"Dice {dice[title][k]:.1f} %")
+            if masks is not None and masks[k].any():
+                axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[title])
+    save_figure(path, figure)
 
 
 # --- 11. Predict ---------------------------------------------------------------------------------
@@ -1003,76 +1392,83 @@ def predict_volume(image, network, config, name="image", center=(0.0, 0.0)):
     """Probability of foreground for every voxel of a nibabel image, on the image's own grid.
 
     network: as trained with config, whose spacing and crop are used; center: of the crop, mm from
-    the image's, to posterior and to the right -> array of image.shape, float32 in [0, 1]; 0
-    outside the crop. Warns if the mask is empty or meets the crop's border.
+    the image's centre, to posterior and to the right -> array of image.shape, float32 in [0, 1]; 0
+    outside the crop. Warns if the mask is empty or touches the border of the crop.
     """
-    volume, affine = canonical(image)
-    sampled = to_slices(volume, nib.affines.voxel_sizes(affine), config.spacing)
-    reach = [config.spacing * size / 2 for size in sampled.shape[2:]]        # mm
-    require(all(abs(mm) < most for mm, most in zip(center, reach)),
-            f"{name}: --center {center} is outside the image, which reaches to {reach} mm")
-    shift = [round(mm / config.spacing) for mm in center]
-    slices = center_crop(sampled, config.crop, config.crop, shift)
+    volume, voxel_mm = canonical(image)
+    height, width = resampled_size(volume, voxel_mm, config.spacing)
+    down, right = [round(mm / config.spacing) for mm in center]          # px
+    require(2 * abs(down) < height and 2 * abs(right) < width,
+            f"--center {center} is outside the image, which reaches to "
+            f"{height * config.spacing / 2:g} and {width * config.spacing / 2:g} mm")
+    images = read_images(image, config, (down, right))
     device = next(network.parameters()).device
-    found = predict_probabilities(network, normalise(slices).to(device)).cpu()
-    found *= (slices.flatten(1).std(1) > 0).view(-1, 1, 1, 1)           # nothing in empty slices
-    mask = found > config.threshold
+    probabilities = predict_probabilities(network, images.to(device)).cpu()
+    probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)          # nothing in empty slices
+    mask = probabilities > config.threshold
     if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
-        print(f"warning: {name}: {'foreground at the border' if mask.any() else 'no foreground'} "
-              f"of the crop that was looked at, {config.crop} px of {config.spacing} mm around "
-              f"{center} mm; --center moves it")
-    found = center_crop(found, *sampled.shape[2:], [-px for px in shift])   # undoes the crop
-    found = F.interpolate(found, size=volume.shape[1::-1], mode="bilinear", antialias=True)
-    found = found.squeeze(1).flip(1).permute(2, 1, 0).numpy()           # (X, Y, Z), RAS
-    turn = nib.orientations.ornt_transform(*map(nib.io_orientation, (affine, image.affine)))
-    return nib.apply_orientation(found, turn).astype(np.float32)
+        what = "foreground at the border" if mask.any() else "no foreground"
+        print(f"warning: {name}: {what} of the crop, {config.crop} px of {config.spacing} mm "
+              f"around {center} mm; use --center to move it")
+    result = np.zeros(volume.shape, np.float32)          # (X, Y, Z), RAS
+    for z in range(len(probabilities)):                  # undo to_slices, slice by slice
+        plane = center_crop(probabilities[z:z + 1], height, width, (-down, -right))
+        plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
+        result[:, :, z] = plane[0, 0].flip(0).T.numpy()
+    ras, stored = nib.io_orientation(np.diag([1, 1, 1, 1])), nib.io_orientation(image.affine)
+    return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, stored))
 
 
 def predict(argv):
-    """Segment a volume, or every one in a folder, with a run's teacher. -> list of masks written.
+    """Segment one scan with the teacher of a run. -> path of the mask
 
-    A mask is on its image's own grid, whatever its orientation and voxel size. A supervised run
+    The mask is on the scan's own grid, whatever its orientation and voxel size. A supervised run
     has no teacher: its only network is used.
     """
-    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment a scan, or a folder.")
-    parser.add_argument("image", type=Path, help="a NIfTI volume, or a folder of them")
+    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment one scan.")
+    parser.add_argument("image", type=Path, help="the scan, a NIfTI file")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt file of a run")
-    parser.add_argument("--output", type=Path, required=True, help="the mask, or a folder of them")
+    parser.add_argument("--output", type=Path, required=True, help="the mask to write, .nii[.gz]")
     parser.add_argument("--center", type=float, nargs=2, default=(0, 0), metavar=("ROW", "COLUMN"),
-                        help="where to look: mm from the image's centre, to posterior and right")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+                        help="centre of the crop: mm from the image's centre, to posterior and "
+                             "to the right")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing mask")
     given = parser.parse_args(argv)
-    run = load_checkpoint(given.checkpoint)
-    network = load_network(run, "teacher" if "teacher" in run else "student").to(pick_device())
-    config, outputs = Config(**run["config"]), {given.output: given.image}
-    if given.image.is_dir():
-        paths = sorted(given.image.glob("[!.]*.nii*"))
-        outputs = {given.output / path.name: path for path in paths}
-    require(outputs, f"{given.image}: no .nii or .nii.gz file in this folder; name another")
-    for output, path in outputs.items():
-        require(output.name.endswith((".nii", ".nii.gz")), f"{output}: end it in .nii or .nii.gz")
-        require(given.overwrite or not output.exists(), f"{output}: is there; see --overwrite")
-        require(not output.exists() or not output.samefile(path), f"{output}: is the image itself")
-    for output, path in outputs.items():
-        image = load_nifti(path)
-        found = predict_volume(image, network, config, path, given.center) > config.threshold
-        # With the image's header: its geometry, codes and units.
-        mask = nib.Nifti1Image(found.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
-        mask.header["cal_min"] = mask.header["cal_max"] = 0
-        content = mask.to_bytes()
-        content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
-        save(output, lambda file: file.write(content))
-        print(f"{output}: {found.sum()} voxels of foreground")
-    return list(outputs)
+    output = given.output
+    require(output.name.endswith((".nii", ".nii.gz")),
+            f"{output}: expected a name that ends in .nii or .nii.gz")
+    require(not output.exists() or not output.samefile(given.image), f"{output}: is the scan")
+    require(given.overwrite or not output.exists(),
+            f"{output}: already exists; use --overwrite to replace it")
+    model = "teacher" if "teacher" in load_checkpoint(given.checkpoint) else "student"
+    network, config = load_network(given.checkpoint, model)
+    network.to(pick_device())
+    image = load_nifti(given.image)
+    try:
+        probabilities = predict_volume(image, network, config, given.image, given.center)
+    except InputError as error:
+        raise InputError(f"{given.image}: {error}") from None
+    foreground = probabilities > config.threshold
+    # The header of the scan keeps its geometry, codes and units.
+    mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
+    mask.header["cal_min"] = mask.header["cal_max"] = 0
+    content = mask.to_bytes()
+    if output.suffix == ".gz":
+        content = gzip.compress(content, mtime=0)        # no time stamp: equal masks, equal files
+    save(output, content)
+    print(f"{output}: {foreground.sum()} voxels of foreground")
+    return output
 
 
 # --- 12. The phantom -----------------------------------------------------------------------------
-# A study that needs no request: 4 sites x 20 subjects of synthetic cervical cords, in the layout
-# and file names of the challenge. Nothing of the method is in here. Each draw(low, high) is one
-# property of one subject; its range was set until contrast, sizes and the spread between people
-# measured as in six real scans. Distances in mm; brightness relative to white matter.
+# You can skip this section: nothing of the method is in it. It paints a synthetic study, 4 sites x
+# 20 subjects of cervical spinal cord, in the layout and file names of the challenge. Each
+# draw(low, high) is one property of one subject. Its range was adjusted until contrast, sizes and
+# spread between subjects measured like those of six real scans. Distances are in mm, brightness
+# is relative to white matter.
 # mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest and most;
-# black: empty ones more at each end; unit: integer stored for white matter; axes: as stored.
+# black: additional empty slices at each end; unit: integer stored for white matter; axes: as
+# stored.
 Site = collections.namedtuple("Site", "mm thick size slices black unit axes")
 SITES = (Site(0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
          Site(0.50, 7.5, 100, (7, 14), 0, 1000, "RAS"),
@@ -1081,7 +1477,7 @@ SITES = (Site(0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
 
 
 def ellipse(x, y, radius_x, radius_y):
-    """About the distance from an ellipse around (0, 0), mm, negative inside."""
+    """Approximate distance from an ellipse around (0, 0), mm, negative inside."""
     return (torch.hypot(x / radius_x, y / radius_y) - 1) * radius_y
 
 
@@ -1093,25 +1489,26 @@ def stroke(x, y, x0, y0, x1, y1, radius):
 
 
 def paint_cord(x, y, z, draw, noise):
-    """A cord and what is around it. -> image, distances from the cord and its grey matter, mm.
+    """The cord and its surroundings. -> image, distances from the cord and its grey matter, mm.
 
-    From the back to the front, like a painter: each shape covers what is there. (Z, Y, X) each.
+    Shapes are painted one over the other. All arrays are (Z, Y, X).
     """
-    def paint(value, distance):                          # a shape, over what is there
+    def paint(value, distance):
         return image + (value - image) * torch.sigmoid(-distance / 0.12)        # edge: 0.5 mm
 
-    # Nobody is symmetric: the grid is bent by 0.25 mm. Sizes vary by some 10 %.
-    x, y = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1), y + 0.25 * noise(5)
+    # No subject is symmetric: the grid is bent by 0.25 mm. Sizes vary by some 10 %.
+    x = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1)
+    y = y + 0.25 * noise(5)
     side = x.abs()
-    stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))     # thicker at some levels
-    wide, deep = stature * draw(6.2, 7.5), stature * draw(3.9, 5.0)          # radii of the cord
+    stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))   # thicker at some levels
+    wide, deep = stature * draw(6.2, 7.5), stature * draw(3.9, 5.0)      # radii of the cord
 
     # Muscle with streaks of fat, darker than the cord; the vertebra, nearly black
     muscle, bone, csf = draw(0.3, 1.0), draw(0.05, 0.2), draw(1.6, 2.5)
     image = muscle * torch.exp(0.3 * noise(5) + 0.3 * noise(2))
     image = paint(bone, ellipse(x, y - deep - 11, 12, 8))
-    # Canal: the three-cornered meeting of an arched front, two sides and a back like a rounded V,
-    # 1 to 3 mm around the cord: bright CSF within a dark wall, crossed by grey nerve roots
+    # Canal, 1 to 3 mm around the cord: inside an arched front, two sides and a V-shaped back. Bright
+    # CSF within a dark wall, crossed by grey nerve roots
     front = y - deep - draw(1.2, 3.2) + draw(0, 0.03) * side ** 2
     back = draw(0.4, 0.8) * (torch.hypot(x, torch.tensor(3.0)) - 3) - y - deep - draw(0.6, 1.4)
     canal = torch.logsumexp(torch.stack([front, back, side - draw(9, 12)]), 0)  # smooth maximum
@@ -1120,8 +1517,8 @@ def paint_cord(x, y, z, draw, noise):
     for top in (0.5 * deep, -0.5 * deep):
         root = stroke(side, y, 0.8 * wide, top, 1.4 * wide, 1.5 * top, 0.25)
         image = paint(csf * draw(0.6, 0.9), torch.maximum(root, canal))
-    # Cord: white matter, not quite even; the butterfly of grey matter, 8 mm wide, 6 mm high,
-    # brighter by 0.12 to 0.2 once blurred; in front of it a fissure, too narrow for pure CSF
+    # Cord: slightly uneven white matter; the butterfly of grey matter, 8 mm wide and 6 mm high,
+    # after blurring 0.12 to 0.2 brighter; in front of it a fissure, too narrow for pure CSF
     white, cord = 1 + 0.03 * noise(2), ellipse(x, y, wide, deep)
     image = paint(white, cord)
     w, h = stature * draw(3.6, 4.5), stature * draw(2.4, 3.4)
@@ -1139,16 +1536,16 @@ def phantom_subject(site, generator):
 
     x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
     """
-    def draw(low, high):                                 # once for the subject
+    def draw(low, high):                                 # one number for the subject
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     def noise(length):                                   # (Z, Y, X) std 1, smooth over that length
         cells = max(2, round(site.size * site.mm / length) + 1)
         corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
         one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
-        return one * torch.cos(z / 60) + two * torch.sin(z / 60)       # another one after 10 cm
+        return one * torch.cos(z / 60) + two * torch.sin(z / 60)         # changes along the cord
 
-    # Everybody lies differently: a few mm off centre (the demo's crop is 16 mm wide), turned
+    # Position: a few mm off centre (the demo's crop is 16 mm wide) and turned
     count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
     z = (torch.arange(count).view(-1, 1, 1) - count / 2) * site.thick
     axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
@@ -1157,8 +1554,8 @@ def phantom_subject(site, generator):
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
     image, cord, grey = paint_cord(x, y, z, draw, noise)
 
-    # Scanner: a coil that is brighter nearby; it measures the image's frequencies up to those of
-    # voxels of 0.5 to 0.75 mm (that blurs, and rings a little), with noise, in both components
+    # Scanner: a coil that is more sensitive nearby; frequencies only up to those of voxels of 0.5
+    # to 0.75 mm, which blurs and rings a little; noise in the real and the imaginary part
     image = image * torch.exp(0.1 * noise(50) - draw(0, 0.02) * y)
     frequency = torch.fft.fftfreq(site.size, site.mm).abs()                       # 1/mm
     seen = torch.sigmoid((0.5 / draw(0.4, 0.9) - frequency) / 0.08)
@@ -1167,8 +1564,8 @@ def phantom_subject(site, generator):
     echo = torch.randn(image.shape, generator=generator, dtype=torch.complex64) * 2 ** 0.5 * std
     image = torch.fft.ifft2(torch.fft.fft2(image + echo) * seen).abs()
     masks = torch.zeros(4, *image.shape, dtype=torch.uint8)
-    for mask in masks:                                   # raters differ, by one smooth error each
-        error = 0.175 * noise(2.5)                       # so two agree to a Dice of about 0.82
+    for mask in masks:                                   # simulated raters: a smooth error each,
+        error = 0.175 * noise(2.5)                       # so that two agree to a Dice of 0.82
         mask[cord + error < 0] = 2
         mask[grey + error < 0] = 1
     black = (0, 0, 0, 0, site.black, site.black)
@@ -1185,32 +1582,38 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
     """Write the phantom as NIfTI below a new folder, which appears only when it is complete.
 
     subjects: per site, the first half of them with masks. The same seed writes the same voxels.
-    InputError if the folder is there already.
+    InputError if the folder exists already.
     """
     folder = Path(folder)
-    require(not folder.exists(), f"{folder}: is there already; delete it or name another folder")
-    print(f"writing the phantom, once, to {folder}", flush=True)
+    require(not folder.exists(), f"{folder}: already exists; delete it or give another folder")
+    print(f"writing the phantom to {folder}; later runs use it again", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
-        for (s, site), subject in itertools.product(enumerate(sites, 1), range(1, subjects + 1)):
-            generator = torch.Generator().manual_seed(10000 * seed + 100 * s + subject)
-            image, masks = phantom_subject(site, generator)
-            raters = range(1, 5) if subject <= subjects // 2 else []
-            files = {"image": image, **{f"mask-r{r}": masks[r - 1] for r in raters}}
-            for name, voxels in files.items():
+        for s, site in enumerate(sites, start=1):
+            for subject in range(1, subjects + 1):
+                generator = torch.Generator().manual_seed(10000 * seed + 100 * s + subject)
+                image, masks = phantom_subject(site, generator)
+                files = {"image": image}
+                if subject <= subjects // 2:
+                    for rater in range(1, 5):
+                        files[f"mask-r{rater}"] = masks[rater - 1]
                 affine = np.diag([site.mm, site.mm, site.thick, 1])
-                nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
-                nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
-                nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
+                for name, voxels in files.items():
+                    nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
+                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
+                    nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(unfinished, 0o755)
-        if not folder.exists():                          # another process may have been faster
+        try:
             os.rename(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():                      # else another process was faster: use it
+                raise
 
 
 # --- 13. Command line ----------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """One line for a wrong option, as for any other bad input."""
+    """Reports a wrong option in one line, like any other bad input."""
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -1218,38 +1621,59 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option. -> it, overwrite."""
-    demo = {key: value for key, value in vars(DEMO).items() if value != getattr(Config, key)}
     parser = Parser(
         usage="%(prog)s [options]\n       %(prog)s predict --help", description="The paper's "
-        "experiment: 1600 epochs x 10 steps supervised, 350 x 10 of the mean teacher, with its 86 "
-        "training slices. [Defaults] are the paper's, (authors) and (here) where it is silent.",
-        epilog=f"--preset demo, 30 epochs x 23 steps of both on the phantom: {demo}.")
-    parser.add_argument("--preset", choices=["paper", "demo"], help="[--data: paper; else demo]")
-    parser.add_argument("--overwrite", action="store_true", help="train anew what is in --out")
+        "experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of the mean teacher, with 86 "
+        "training slices. The defaults in [brackets] are the paper's; (authors): the paper is "
+        "silent, from the first author's code; (here): our choice.")
+    parser.add_argument("--preset", choices=["paper", "demo"],
+                        help="[with --data: paper; without: demo, small enough for a CPU]")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="delete the old runs in --out first")
+    demo = []
     for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
         several = isinstance(field.default, tuple)
-        default = field.default if several else (field.default,)
-        parser.add_argument(
+        values = field.default if several else (field.default,)
+        group.add_argument(
             "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-            nargs="+" if several else None, type=type(default[0]) if default else str,
+            nargs="+" if several else None, type=type(values[0]) if values else str,
             choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} [{' '.join(map(str, default))}]")
-    given = {key: tuple(value) if isinstance(value, list) else value
-             for key, value in vars(parser.parse_args(argv)).items()}
-    overwrite = given.pop("overwrite")
-    preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
+            help=f"{field.metadata['help']} [{' '.join(map(str, values))}]".replace("%", "%%"))
+        if getattr(DEMO, field.name) != field.default:
+            demo.append(f"{field.name} {getattr(DEMO, field.name)}")
+    parser.epilog = f"--preset demo: {', '.join(demo)}. Without --steps, --epochs turns steps off."
+    given = vars(parser.parse_args(argv))
+    overwrite, preset = given.pop("overwrite"), given.pop("preset")
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    if "epochs" in given:
+        given.setdefault("steps", 0)
+    preset = preset or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
+    check(config)
+    if not config.out:
+        name = Path(config.data).resolve().name if config.data else "phantom"
+        config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
+    return config, overwrite
+
+
+def check(config):
+    """InputError if a value is out of its range, or if values do not fit each other."""
     for field in dataclasses.fields(Config):
         values, (least, most) = getattr(config, field.name), field.metadata["range"]
         for value in values if isinstance(values, tuple) else (values,):
-            require(isinstance(value, str) or least <= value <= most,            # nor is NaN
+            require(isinstance(value, str) or least <= value <= most,            # NaN fails too
                     f"--{field.name.replace('_', '-')} {value}: is not in {least:g} to {most:g}")
     require(config.crop % 8 == 0, f"--crop {config.crop}: is not a multiple of 8")
     require(len(config.split) == 3, f"--split {config.split}: expected three numbers, as 2 2 3")
     require(max(len(config.epochs), len(config.weight_decay)) < 3,
             "--epochs and --weight-decay: expected one number, or two for the two methods")
-    name = Path(config.data).resolve().name if config.data else "phantom"
-    return dataclasses.replace(config, out=config.out or f"runs/{preset}-{name}"), overwrite
+    require(not config.steps or config.steps >= max(config.epochs),
+            f"--steps {config.steps}: is less than --epochs {max(config.epochs)}, and an epoch "
+            "needs a step; lower --epochs")
 
 
 def main(argv=None):
@@ -1258,15 +1682,18 @@ def main(argv=None):
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    predicting = argv[:1] == ["predict"]
     try:
-        if argv[:1] == ["predict"]:
+        if predicting:
             return predict(argv[1:])
-        return experiment(*parse(argv))
+        config, overwrite = parse(argv)
+        return experiment(config, overwrite)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; training goes on with the same command, without --overwrite")
+        print("interrupted; no mask was written" if predicting else
+              "interrupted; the same command without --overwrite continues the training")
         raise SystemExit(130) from None
 
 
