@@ -2,10 +2,9 @@
 """Mean-teacher semi-supervised segmentation in one file.
 
 The method of C. S. Perone and J. Cohen-Adad, "Deep semi-supervised segmentation with
-weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. Their task is to segment the
-grey matter in MRI slices of the spinal cord. A student network f(theta) learns from a few slices
-with masks. A teacher f(theta') has the exponential moving average of the student's weights. On
-labelled and unlabelled slices alike, the student is trained to agree with the teacher.
+weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. A student network f(theta)
+learns from a few slices with masks. The weights of the teacher f(theta') are the exponential
+moving average of the student's. On every slice the student is trained to agree with the teacher.
 
     Algorithm 1, as section 6 of this file implements it
      1  for each mini-batch of slices x, the first of them with masks y
@@ -19,28 +18,24 @@ labelled and unlabelled slices alike, the student is trained to agree with the t
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
 
-New here? Read sections 3 to 6 first: they are the method, in 250 lines, and need only copy, math
-and torch. The paper as a whole is sections 1 to 6.
+New here? Read sections 3 to 6 first: they are the method, and need only copy, math and torch.
 
     python mean_teacher_seg.py                    demo on a synthetic phantom, minutes on a CPU
-    python mean_teacher_seg.py --data DIR         your scans (in the layout of the Spinal Cord Grey
-        Matter challenge (SCGM), of BIDS or of the Decathlon) with the paper's settings: a GPU
+    python mean_teacher_seg.py --data DIR         your scans, with the paper's settings: a GPU
     python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
-    python mean_teacher_seg.py --help             every number of the paper is an option
+    python mean_teacher_seg.py --help             all settings are options
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
-Measured: see README.md.
+@@MEASURED@@
 
-Sections: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
-6 training step, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict, 12 phantom,
-13 command line. "Section 4" in a comment is a section of this file; those of the paper are
-written "paper, section 2.1".
+The paper: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
+6 training step. The rest: 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
+12 phantom, 13 command line. "Section 4" is one of this file, "paper, section 2.1" the paper's.
 """
 import argparse
 import collections
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -68,10 +63,10 @@ from torch import nn
 
 # --- 1. Configuration ----------------------------------------------------------------------------
 # Every default is the paper's (its section 3.1), except where the text says "authors" or "here".
-# authors: the paper is silent, and the value is that of the first author's public code for these
-# data (github.com/perone/medicaltorch) and for the follow-up study with the same settings
+# authors: the paper is silent, the value is from the first author's public code for these data
+# (github.com/perone/medicaltorch) or for the follow-up study with the same settings
 # (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
-# here: our choice. Every field is an option of the command line, and --help prints these texts.
+# here: our choice. Every field is an option of the command line.
 
 def option(default, help_text, least=0, most=1e9, choices=None):
     metadata = {"help": help_text, "range": (least, most), "choices": choices}
@@ -94,10 +89,8 @@ class Config:
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)", 1, 255)
     rater: str = option("4", "SCGM: whose masks (authors)", choices=["1", "2", "3", "4"])
     contrast: tuple = option(("T2star", "T2starw"), "BIDS: suffixes of the images (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: how a mask's name goes on after the "
-                              "image's name and _ (here)")
-    split: tuple = option((2, 2, 3), "random split: training, validation and test subjects per "
-                          "site (BIDS, Decathlon: in all)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks are IMAGE_ + one of them (here)")
+    split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
     split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
     train: tuple = option((), "training subjects by name, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
@@ -107,31 +100,27 @@ class Config:
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
     # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
-    epochs: tuple = option((1600, 350), "epochs; without --steps, one is a pass over the labelled "
-                           "slices", 1)
-    steps: int = option(0, "training steps in all, whatever the size of the data: an epoch is an "
-                        "equal share of them; 0: off")
+    epochs: tuple = option((1600, 350), "epochs: passes over the labelled slices, or --steps", 1)
+    steps: int = option(0, "steps in all, shared equally by the epochs; 0: as the data give")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
     unlabelled_batch: int = option(8, "unlabelled slices beside them (authors); 0: none")
     lr: float = option(6e-4, "eta, Adam's highest learning rate", 1e-9)
     lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
-    # Dice is a ratio over the F foreground pixels, the consistency a mean over all N pixels.
-    # Relative to the Dice loss, the consistency gradient per pixel scales with w F / N. F / N is
-    # 0.4 % in the paper: for another crop or organ, w = 2.9 * 0.004 / (your F / N) pulls equally
-    # hard. It is a starting point only; tune w on validation subjects.
+    # Dice is a ratio over the F foreground pixels, the consistency a mean over all N pixels:
+    # relative to the Dice loss, the consistency gradient per pixel scales with w F / N. F / N is
+    # 0.4 % in the paper. With a larger share of foreground, 2.9 is a stronger pull: tune w.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of that ramp-up")
     alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
     alpha_epochs: int = option(50, "epochs with the first of the two")
-    consistency: str = option("bce", "or mse, worse in the paper (section 2)",
-                              choices=["bce", "mse"])
-    augmentation: str = option("delayed", "or same: one warped input for both networks (paper, "
-                               "section 2.1)", choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
-                               "not help in the paper (section 2)", 0, 1)
+    consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
+    augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
+                               choices=["delayed", "same"])
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; no "
+                               "help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
@@ -142,31 +131,17 @@ class Config:
     validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
 
 
-# The groups of --help: the first field of each, and its title.
-GROUPS = {"data": "what to run", "spacing": "data", "width": "network", "epochs": "optimisation",
-          "consistency_weight": "mean teacher", "degrees": "augmentation",
-          "threshold": "evaluation"}
-
-# DEMO is the same method, small enough for two CPU cores. Both methods take the same steps. It
-# was tuned for the supervised network, on validation subjects, and then kept for both (README.md).
-# Fields that are not named here have the paper's value.
+# DEMO is small enough for two CPU cores. It was tuned for the supervised network, on validation
+# subjects, and then kept for both methods (README.md). All other values are the paper's.
 DEMO = dataclasses.replace(
-    Config(),
-    crop=64,                                             # 16 mm: all grey matter of the phantom
-    width=8,
-    dropout=0.0,
-    epochs=(30,),
-    steps=700,
-    batch=4,                                             # more steps in the same time
-    unlabelled_batch=4,
-    lr=3e-3,                                             # a narrow network tolerates a higher one
-    lr_ramp=3,
-    weight_decay=(2e-3,),
+    Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
+    width=8, dropout=0.0,
+    epochs=(30,), steps=700,
+    batch=4, unlabelled_batch=4,                         # more steps in the same time
+    lr=3e-3, lr_ramp=3, weight_decay=(2e-3,),            # a narrow network tolerates a higher lr
     consistency_ramp=30,                                 # the whole run
-    alpha=0.95,                                          # memory: 20 steps, then 100
-    alpha_late=0.99,
-    alpha_epochs=8,
-    degrees=12.0,                                        # more than the paper's: 8 subjects only
+    alpha=0.95, alpha_late=0.99, alpha_epochs=8,         # memory: 20 steps, then 100
+    degrees=20.0, translation=3.0, scale=0.1, noise=0.2,  # stronger: there are few subjects
     validate_every=5)
 
 
@@ -396,20 +371,20 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     """One step of Algorithm 1, in place. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
     images (L, C, H, W) float, z-scored, with masks (L, 1, H, W) in {0, 1}; unlabelled (U, C, H,
-    W), U may be 0; step: number of steps taken before; weight: w; affine: degrees, translation
-    and scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the
-    supervised baseline, which ignores unlabelled. -> dict of float32 scalars on the device: loss,
-    dice_loss, consistency_loss. Raises ValueError if a network is in eval mode. The caller counts
-    step, ramps weight and sets alpha and the learning rate, as train() in section 9 does.
+    W), U may be 0; step: number of steps before this one; weight: w; affine: degrees, translation,
+    scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the supervised
+    baseline, which ignores unlabelled. -> dict of float32 scalars: loss, dice_loss,
+    consistency_loss. Raises ValueError if a network is in eval mode. The caller counts step, ramps
+    weight and sets alpha and the learning rate, as train() in section 9 does.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both, also after every evaluation")
     logits, targets, inside = [], [], []
     # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
-    # In one pass, BatchNorm would normalise both by their common mean, and the unlabelled slices
-    # would change the supervised gradient even at w = 0. Separately, w = 0 IS the supervised step.
-    # (Only the running statistics, which evaluation uses, see both kinds of slices.)
+    # In one pass, BatchNorm would mix both, and the unlabelled slices would change the supervised
+    # gradient even at w = 0. Separately, w = 0 IS the supervised step. (Only the running
+    # statistics, which evaluation uses, see both kinds of slices.)
     for part, x in (("labelled", images), ("unlabelled", unlabelled)):
         if part == "unlabelled" and (teacher is None or len(x) == 0):
             continue
@@ -479,18 +454,13 @@ class Slices(NamedTuple):
 
 
 def find_files(folder, pattern):
-    """Files below a folder that match a glob pattern. -> sorted list of Path, each file once.
+    """Files below a folder that match a glob pattern. -> sorted list of Path
 
     glob.glob enters linked folders and skips hidden files. Broken links are listed, so that
     reading them reports their names.
     """
-    files = {}
     paths = [Path(folder, name) for name in glob.glob(pattern, root_dir=folder, recursive=True)]
-    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
-        real = path.parent.resolve() / path.name
-        if real not in files and not path.is_dir():
-            files[real] = path
-    return sorted(files.values())
+    return sorted(path for path in paths if not path.is_dir())
 
 
 def find_scgm(folder):
@@ -498,15 +468,15 @@ def find_scgm(folder):
     scans = []
     for image in find_files(folder, "**/site?-sc[0-9][0-9]-image.nii.gz"):
         name = image.name.removesuffix("-image.nii.gz")
-        masks = {}
+        scan = Scan(name[:5], name, name, image, {})
         # sc11 to sc20 are the challenge's test half: unlabelled, even if a mask lies beside them.
         if int(name[-2:]) <= 10:
             for mask in find_files(image.parent, f"{name}-mask-r?.nii.gz"):
                 rater = mask.name.removesuffix(".nii.gz")[-1]
-                masks[rater] = mask
-            if not masks:
-                print(f"warning: {image}: no {name}-mask-r*.nii.gz beside it; it is unlabelled")
-        scans.append(Scan(name[:5], name, name, image, masks))
+                scan.masks[rater] = mask
+            if not scan.masks:
+                print(f"warning: {image}: has no {name}-mask-r*; it is unlabelled")
+        scans.append(scan)
     return scans
 
 
@@ -515,7 +485,7 @@ def find_bids(folder, contrasts, mask_names):
 
     A mask's name is the image's name + _ + one of mask_names + anything. The first one is used.
     """
-    scans, labels = {}, folder / "derivatives/labels"
+    scans, unmatched = [], []
     for contrast in contrasts:
         for image in find_files(folder, f"sub-*/**/anat/*_{glob.escape(contrast)}.nii.gz"):
             stem = image.name.removesuffix(".nii.gz")
@@ -523,48 +493,36 @@ def find_bids(folder, contrasts, mask_names):
             if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
                 continue
             place = image.parent.relative_to(folder)
-            masks = {}
+            labels = folder / "derivatives/labels" / place
+            masks = []
             for mask_name in mask_names:
-                pattern = f"{glob.escape(stem)}_{glob.escape(mask_name)}*.nii.gz"
-                for mask in find_files(labels / place, pattern):
-                    masks.setdefault(ANY, mask)
-            name = stem.removesuffix(f"_{contrast}")
-            scans[place, stem] = Scan("", place.parts[0], name, image, masks)
-
-    # A mask under another name must not turn a labelled scan into an unlabelled one unnoticed.
-    for (place, stem), scan in scans.items():
-        others = [f"{other}_" for folder, other in scans if folder == place and other != stem]
-        unknown = []
-        for file in find_files(labels / place, "*.nii.gz"):
-            if not file.name.startswith(tuple(others)):
-                unknown.append(file.name)
-        if unknown and not scan.masks:
-            print(f"warning: {scan.image} counts as unlabelled: {labels / place} has {unknown[0]}, "
-                  f"but no {stem}_ + {' or '.join(mask_names)} + anything; see --mask-name")
-            break                                        # one example is enough
-    return list(scans.values())
+                masks += find_files(labels, f"{glob.escape(f'{stem}_{mask_name}')}*.nii.gz")
+            scan = Scan("", place.parts[0], stem.removesuffix(f"_{contrast}"), image, {})
+            if masks:
+                scan.masks[ANY] = masks[0]
+            elif find_files(labels, "*.nii.gz"):
+                unmatched.append(scan.name)
+            scans.append(scan)
+    if unmatched:        # once: a mask under another name must not go unnoticed
+        print(f"warning: {len(unmatched)} scans count as unlabelled, for example {unmatched[0]}: "
+              "their folder in derivatives/labels has files, but none named as the image + _ + "
+              f"{' or '.join(mask_names)} + anything; see --mask-name")
+    return scans
 
 
 def find_decathlon(folder):
-    """imagesTr/NAME.nii.gz with labelsTr/NAME.nii.gz; imagesTs without masks. Also nnU-Net's."""
-    images = find_files(folder, "imagesT[rs]/*.nii.gz")
-    masks = {mask.name: mask for mask in find_files(folder, "labelsTr/*.nii.gz")}
-    # nnU-Net adds a channel's number to an image's name, but not to its mask's: use channel 0.
-    numbered = [image for image in images if image.name.endswith("_0000.nii.gz")]
-    if any(image.name in masks for image in images):
-        numbered = []
+    """imagesTr/NAME.nii.gz with labelsTr/NAME.nii.gz, and imagesTs without masks."""
     scans = []
-    for image in numbered or images:
+    masks = {mask.name: mask for mask in find_files(folder, "labelsTr/*.nii.gz")}
+    for image in find_files(folder, "imagesT[rs]/*.nii.gz"):
         name = image.name.removesuffix(".nii.gz")
-        if numbered:
-            name = name.removesuffix("_0000")
-        mask = None
-        if image.parent.name == "imagesTr":
-            mask = masks.pop(f"{name}.nii.gz", None)
-        scans.append(Scan("", name, name, image, {ANY: mask} if mask else {}))
+        scan = Scan("", name, name, image, {})
+        if image.parent.name == "imagesTr" and image.name in masks:
+            scan.masks[ANY] = masks.pop(image.name)
+        scans.append(scan)
     if scans and masks:
-        print(f"warning: {len(masks)} masks in {folder / 'labelsTr'} belong to no image in imagesTr,"
-              f" for example {min(masks)}; give both the same name")
+        print(f"warning: {len(masks)} masks in labelsTr belong to no image in imagesTr, for "
+              f"example {min(masks)}; give a mask the name of its image")
     return scans
 
 
@@ -586,19 +544,18 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name):
 def draw_subjects(scans, config):
     """The random split. -> dict: test, val, train -> set of subjects. InputError if too few."""
     chosen = {"test": set(), "val": set(), "train": set()}
-    n_train, n_val, n_test = config.split
     generator = np.random.default_rng(config.split_seed)
     for site in sorted({scan.site for scan in scans}):
         labelled = [scan for scan in scans if scan.masks and scan.site == site]
         individuals = sorted({scan.individual for scan in labelled})
         require(len(individuals) >= sum(config.split),
                 f"{config.data}: {len(individuals)} subjects with masks in {site or 'all'}, too "
-                f"few for --split {n_train} {n_val} {n_test}; lower it")
-        # Test subjects are drawn first, so that they do not depend on the number to train with.
+                f"few for --split {config.split}; lower it")
         order = list(generator.permutation(individuals))
-        for name, count in (("test", n_test), ("val", n_val), ("train", n_train)):
+        # Test subjects are drawn first, so that they do not depend on the number to train with.
+        for name, count in zip(chosen, reversed(config.split)):
             drawn, order = order[:count], order[count:]
-            chosen[name] |= {scan.subject for scan in labelled if scan.individual in drawn}
+            chosen[name].update(scan.subject for scan in labelled if scan.individual in drawn)
     return chosen
 
 
@@ -611,14 +568,12 @@ def split_scans(scans, config):
     not in the validation or test set; under a random split, only those without a mask.
     """
     labelled = [scan for scan in scans if scan.masks]
-    names = {"train": config.train, "val": config.val, "test": config.test,
-             "unlabelled": config.unlabelled}
+    names = {name: set(getattr(config, name)) for name in ("train", "val", "test", "unlabelled")}
     for name, subjects in names.items():
-        candidates = scans if name == "unlabelled" else labelled
-        unknown = sorted(set(subjects) - {scan.subject for scan in candidates})
-        require(not unknown, f"--{name}: no subject {' '.join(unknown)} in {config.data}, or it "
-                             "has no mask")
-    by_name = bool(config.train or config.val or config.test)
+        known = {scan.subject for scan in (scans if name == "unlabelled" else labelled)}
+        require(subjects <= known, f"--{name}: no subject {' '.join(sorted(subjects - known))} in "
+                                   f"{config.data}, or it has no mask")
+    by_name = bool(names["train"] | names["val"] | names["test"])
     if by_name:
         require(config.train and config.test, "--train and --test must both be given")
     else:
@@ -629,19 +584,17 @@ def split_scans(scans, config):
         sets[name] = [scan for scan in labelled if scan.subject in names[name]]
         individuals[name] = {scan.individual for scan in sets[name]}
     for one, other in itertools.combinations(sets, 2):
-        both = sorted(individuals[one] & individuals[other])
-        require(not both, f"{config.data}: {' '.join(both)} is in --{one} and in --{other}; "
-                          "choose one")
+        both = individuals[one] & individuals[other]
+        require(not both, f"{config.data}: {' '.join(sorted(both))} is in --{one} and in "
+                          f"--{other}; choose one")
     used = sets["train"] + sets["val"] + sets["test"]
-    sets["unlabelled"] = []
-    for scan in scans:
-        if config.unlabelled:
-            wanted = scan.subject in config.unlabelled
-        else:
-            wanted = scan.individual not in individuals["val"] | individuals["test"]
-            wanted = wanted and (by_name or not scan.masks)
-        if wanted and scan not in used:
-            sets["unlabelled"].append(scan)
+    unused = [scan for scan in scans if scan not in used]
+    if config.unlabelled:
+        sets["unlabelled"] = [scan for scan in unused if scan.subject in names["unlabelled"]]
+    else:
+        held_out = individuals["val"] | individuals["test"]
+        sets["unlabelled"] = [scan for scan in unused if scan.individual not in held_out
+                              and (by_name or not scan.masks)]
     return sets
 
 
@@ -704,21 +657,17 @@ def read_mask(scan, config, image):
     bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
     require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].tolist()}, expected "
                            "whole numbers from 0 to 255; threshold or convert it")
-    foreground = np.isin(rounded, config.label)
-    if not foreground.any():
-        print(f"warning: {path}: no voxel has a value of --label {config.label}, only "
-              f"{np.unique(rounded).astype(int).tolist()[:9]}; the scan is not used")
-    return nib.Nifti1Image(foreground.astype(np.float32), image.affine)
+    foreground = np.isin(rounded, config.label).astype(np.float32)
+    return nib.Nifti1Image(foreground, image.affine)
 
 
-def center_crop(slices, height, width, shift=(0, 0)):
+def center_crop(slices, height, width):
     """Crop (N, 1, H, W) around its centre, or pad it with 0, to (N, 1, height, width).
 
-    shift: px by which the crop moves down and to the right. Cropping back to H x W with the
-    opposite shift undoes a padding, and puts a crop back in its place.
+    Cropping back to H x W undoes a padding, and puts a crop back in its place.
     """
-    top = int((slices.shape[2] - height) / 2) + shift[0]  # int, not //: pad and crop round alike
-    left = int((slices.shape[3] - width) / 2) + shift[1]
+    top = int((slices.shape[2] - height) / 2)            # int, not //: pad and crop round alike
+    left = int((slices.shape[3] - width) / 2)
     bottom = slices.shape[2] - height - top
     right = slices.shape[3] - width - left
     return F.pad(slices, (-left, -right, -top, -bottom))  # a negative padding crops
@@ -728,51 +677,45 @@ def resampled_size(volume, voxel_mm, spacing):
     """Height and width of an axial slice of (X, Y, Z) after resampling to `spacing` mm, px."""
     height = max(1, round(float(volume.shape[1] * voxel_mm[1] / spacing)))
     width = max(1, round(float(volume.shape[0] * voxel_mm[0] / spacing)))
-    require(height * width <= 2 ** 26, f"voxels of {voxel_mm[0]:g} x {voxel_mm[1]:g} mm, resampled "
-            f"to {spacing} mm, give slices of {height} x {width} px, more than 2^26; check "
-            "--spacing and the voxel size")
+    require(height * width <= 2 ** 26,
+            f"voxels of {voxel_mm[0]:g} x {voxel_mm[1]:g} mm, resampled to {spacing} mm, give "
+            f"{height} x {width} px, more than 2^26; check --spacing and the voxel size")
     return height, width
 
 
-def to_slices(volume, voxel_mm, config, shift=(0, 0)):
-    """Axial slices of a volume (X, Y, Z), resampled, then cropped. -> (Z, 1, crop, crop) float32.
+def to_slices(volume, voxel_mm, config):
+    """Axial slices of a volume (X, Y, Z), resampled, then cropped. -> (Z, 1, H, W) float32.
 
-    Linear interpolation, antialiased when shrinking. The slices are processed one by one: whole
-    resampled volumes can be larger than the memory. shift: of the crop, px. Source: "resampled to
-    0.25 x 0.25 mm", paper, section 3.1.
+    H, W: the crop, or the image where that is smaller. Linear interpolation, antialiased when
+    shrinking. Slices are processed one by one, because whole resampled volumes can be larger than
+    the memory. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
     """
-    size = resampled_size(volume, voxel_mm, config.spacing)
-    crops = []
+    height, width = resampled_size(volume, voxel_mm, config.spacing)
+    slices = []
     for z in range(volume.shape[2]):
-        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())            # (Y, X)
-        plane = F.interpolate(plane[None, None], size=size, mode="bilinear", antialias=True)
-        crops.append(center_crop(plane, config.crop, config.crop, shift))  # (1, 1, crop, crop)
-    return torch.cat(crops)
+        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())[None, None]          # (1, 1, Y, X)
+        plane = F.interpolate(plane, size=(height, width), mode="bilinear", antialias=True)
+        slices.append(center_crop(plane, min(height, config.crop), min(width, config.crop)))
+    return torch.cat(slices)
 
 
-def normalise(slices, exists):
-    """Z-score each slice, since every scanner has its own intensity scale.
+def normalise(slices):
+    """Z-score each slice of (N, 1, H, W), since every scanner has its own intensity scale.
 
-    slices (N, 1, H, W); exists (1, 1, H, W) in {0, 1}: pixels inside the image. Only these count
-    in mean and std, so that the result does not depend on the zeros around a small image; the
-    others become 0. So does a slice without contrast. -> (N, 1, H, W) float32
+    Before the padding: the zeros around a small image must not count in mean and std. A slice
+    without contrast becomes 0. -> float32
     """
     slices = slices.double()                             # an offset of 10^4 must not cost digits
-    n = exists.sum().clamp(min=1)
-    mean = (slices * exists).sum((2, 3), keepdim=True) / n
-    centred = (slices - mean) * exists
-    std = (centred.square().sum((2, 3), keepdim=True) / n).sqrt()
-    largest = (slices * exists).abs().amax((2, 3), keepdim=True)
-    has_contrast = std > 1e-6 * largest                  # not just rounding errors
-    return torch.where(has_contrast, centred / std, 0).float()
+    std, mean = torch.std_mean(slices, (2, 3), correction=0, keepdim=True)
+    largest = slices.abs().amax((2, 3), keepdim=True)
+    has_contrast = std > 1e-6 * largest                  # more than rounding errors
+    return torch.where(has_contrast, (slices - mean) / std, 0).float()
 
 
-def read_images(image, config, shift=(0, 0)):
+def read_images(image, config):
     """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
-    volume, voxel_mm = canonical(image)
-    ones = np.ones((*volume.shape[:2], 1), np.float32)   # a slice that is 1 inside the image
-    exists = (to_slices(ones, voxel_mm, config, shift) > 0.5).float()
-    return normalise(to_slices(volume, voxel_mm, config, shift), exists)
+    slices = normalise(to_slices(*canonical(image), config))
+    return center_crop(slices, config.crop, config.crop)         # pads what is smaller
 
 
 def read_scan(scan, config, labelled):
@@ -790,28 +733,25 @@ def read_scan(scan, config, labelled):
     if labelled:
         volume, voxel_mm = canonical(read_mask(scan, config, image))
         masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
+        masks = center_crop(masks, config.crop, config.crop)
         warn_if_cropped(scan.image, volume, voxel_mm, config)
         keep &= masks.flatten(1).any(1)
         masks = masks[keep]
     if not keep.any():
-        print(f"warning: {scan.image}: no slice of it can be used: none has "
-              f"{'contrast and foreground' if labelled else 'contrast'} inside the crop")
+        print(f"warning: {scan.image}: is not used: no slice has contrast inside the crop"
+              + f" and a voxel of --label {config.label} in its mask" * labelled)
     where = [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
     return Slices(images[keep], masks, where)
 
 
 def warn_if_cropped(path, mask, voxel_mm, config):
     """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
-    if not mask.any():
-        return
     positions = np.argwhere(mask)[:, :2]                 # (N, 2), voxels along X and Y
-    center = (np.array(mask.shape[:2]) - 1) / 2
-    distances = (np.abs(positions - center) * voxel_mm[:2]).max(1)       # (N,), mm
-    outside = np.mean(distances > config.crop * config.spacing / 2)
-    if outside > 0.01:
-        side = (2 * distances.max() + max(voxel_mm[:2])) / config.spacing        # px
-        print(f"warning: {path}: {outside:.0%} of its foreground is outside the centre crop of "
-              f"{config.crop} px of {config.spacing} mm; --crop {8 * math.ceil(side / 8)} holds it")
+    from_centre = np.abs(positions - (np.array(mask.shape[:2]) - 1) / 2) * voxel_mm[:2]      # mm
+    outside = (from_centre > config.crop * config.spacing / 2).any(1).sum()
+    if outside > 0.01 * len(positions):
+        print(f"warning: {path}: {outside / len(positions):.0%} of its foreground is outside the "
+              f"centre crop of {config.crop} px of {config.spacing} mm; raise --crop")
 
 
 def load_data(config, device="cpu"):
@@ -855,10 +795,13 @@ def segmentation_metrics(predictions, masks):
     p, y = predictions.bool().flatten(1), masks.bool().flatten(1)                  # (N, H * W)
     tp, fp = (p & y).sum(1), (p & ~y).sum(1)
     fn, tn = (~p & y).sum(1), (~p & ~y).sum(1)
-    ratios = {"dice": (2 * tp, 2 * tp + fp + fn), "miou": (tp, tp + fp + fn),
-              "accuracy": (tp + tn, tp + fp + fn + tn), "precision": (tp, tp + fp),
-              "recall": (tp, tp + fn), "specificity": (tn, tn + fp)}
-    return {name: 100 * part / whole.clamp(min=1) for name, (part, whole) in ratios.items()}
+    metrics = {"dice": 2 * tp / (2 * tp + fp + fn),
+               "miou": tp / (tp + fp + fn),
+               "accuracy": (tp + tn) / (tp + fp + fn + tn),
+               "precision": tp / (tp + fp),
+               "recall": tp / (tp + fn),
+               "specificity": tn / (tn + fp)}
+    return {name: 100 * ratio.nan_to_num() for name, ratio in metrics.items()}     # 0 / 0 is NaN
 
 
 @torch.no_grad()
@@ -879,11 +822,6 @@ def evaluate(model, slices, config):
     predictions = predict_probabilities(model, slices.images) > config.threshold
     metrics = segmentation_metrics(predictions, slices.masks)
     return {name: values.tolist() for name, values in metrics.items()}
-
-
-def mean_dice(model, slices, config):
-    """Mean Dice of a network over Slices, percent; NaN without slices."""
-    return float(np.mean(evaluate(model, slices, config)["dice"])) if slices.where else math.nan
 
 
 # --- 9. The training loop ------------------------------------------------------------------------
@@ -988,6 +926,7 @@ def train(config, method, seed, data):
     print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
           f"{n_unlabelled} unlabelled slices per step, on {device.type}")
     warn_of_short_ramps(config, epochs, semi)
+    print(" epoch    step   Dice loss   consistency   val. Dice: student   teacher   minutes left")
     # Reseeding at every epoch means that a checkpoint needs no RNG state.
     torch.manual_seed(1_000_000 * seed)
     student, teacher, optimizer = build(config, method, device)
@@ -996,7 +935,12 @@ def train(config, method, seed, data):
     path = Path(config.out, f"{method}-seed{seed}.pt")
     checkpoint = {"config": vars(config), "method": method, "seed": seed, "history": []}
     if path.exists():
-        checkpoint = resume(path, method, seed, {**models, "optimizer": optimizer})
+        checkpoint = load_checkpoint(path)
+        require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
+                f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
+        for name, model in models.items():
+            model.load_state_dict(checkpoint[name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
     history = checkpoint["history"]
     start, first_epoch = time.perf_counter(), len(history) + 1
 
@@ -1016,63 +960,55 @@ def train(config, method, seed, data):
             consistency_losses.append(losses["consistency_loss"])
             step += 1
 
-        row = {"epoch": epoch, "step": step, "lr": lr}
-        row["dice_loss"] = torch.stack(dice_losses).mean().item()        # waits for the device
-        if semi:
-            row["weight"] = weight
-            row["consistency_loss"] = torch.stack(consistency_losses).mean().item()
-        for name in models:
-            row[f"val_{name}"] = math.nan
+        row = {"epoch": epoch, "step": step, "lr": lr, "weight": weight,
+               "dice_loss": torch.stack(dice_losses).mean().item(),      # waits for the device
+               "consistency_loss": torch.stack(consistency_losses).mean().item(),
+               "val_student": math.nan, "val_teacher": math.nan}
+        if not semi:
+            row["weight"] = row["consistency_loss"] = math.nan
         history.append(row)
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             for name, model in models.items():
-                row[f"val_{name}"] = mean_dice(model, data["val"], config)
+                val_dice = evaluate(model, data["val"], config)["dice"]
+                row[f"val_{name}"] = torch.tensor(val_dice).mean().item()        # empty: NaN
                 checkpoint[name] = model.state_dict()
             if epoch == epochs:
                 checkpoint["metrics"] = {name: evaluate(model, data["test"], config)
                                          for name, model in models.items()}
             checkpoint["optimizer"] = optimizer.state_dict()
             save_csv(path.with_suffix(".csv"), history)
-            save_checkpoint(path, checkpoint)
+            save(path, lambda file: torch.save(checkpoint, file))
             seconds_per_epoch = (time.perf_counter() - start) / (epoch - first_epoch + 1)
             print_progress(row, seconds_per_epoch * (epochs - epoch))
     return checkpoint
 
 
 def warn_of_short_ramps(config, epochs, semi):
-    """Say what --epochs that end before a ramp does will reach."""
-    if epochs < config.lr_ramp:
-        print(f"warning: {epochs} epochs end before --lr-ramp {config.lr_ramp}: the learning rate "
-              f"reaches {config.lr * ramp_up(epochs, config.lr_ramp):.2g} of {config.lr:g}")
-    if semi and epochs < config.consistency_ramp:
+    """Say what is reached if the training ends within a ramp."""
+    if epochs < config.lr_ramp or semi and epochs < config.consistency_ramp:
+        lr = config.lr * ramp_up(epochs, config.lr_ramp)
         weight = config.consistency_weight * ramp_up(epochs, config.consistency_ramp)
-        print(f"warning: {epochs} epochs end before --consistency-ramp {config.consistency_ramp}: "
-              f"the weight w reaches {weight:.2g} of {config.consistency_weight:g}")
+        print(f"warning: {epochs} epochs end within a ramp: the learning rate reaches {lr:.2g} of "
+              f"{config.lr:g}, w {weight:.2g} of {config.consistency_weight:g}; see --lr-ramp and "
+              "--consistency-ramp")
 
 
 def print_progress(row, seconds):
-    """One line about an epoch, under a header before the first one. row: of the history."""
-    columns = {"epoch": "5d", "step": "6d", "dice_loss": "10.4f", "consistency_loss": "17.4f",
-               "val_student": "12.1f", "val_teacher": "12.1f"}
-    header, line = "", ""
-    for name, form in columns.items():
-        if name in row:
-            text = f"{row[name]:{form}}"
-            header += f"{name.replace('_', ' '):>{len(text) + 2}}"
-            line += "  " + text
-    if row["epoch"] == 1:
-        print(f"{header}  minutes left")
-    print(f"{line}  {seconds / 60:12.1f}", flush=True)
+    """One line about an epoch, under the header that train() prints. row: of the history."""
+    line = (f"{row['epoch']:6d} {row['step']:7d} {row['dice_loss']:11.4f} "
+            f"{row['consistency_loss']:13.4f} {row['val_student']:20.2f} "
+            f"{row['val_teacher']:9.2f} {seconds / 60:14.1f}")
+    print(line.replace("nan", "  -"), flush=True)
 
 
-def save(path, content):
-    """Write bytes to a file that takes its name, or replaces another, only when it is complete."""
+def save(path, write):
+    """Let write(file) fill a file that takes its name, or replaces another, only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps apart two processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())                      # on the disk before it gets its name
         os.replace(temporary, path)
@@ -1082,61 +1018,35 @@ def save(path, content):
 
 def save_csv(path, rows):
     """Write dicts with the same keys as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    save(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-def save_checkpoint(path, checkpoint):
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    save(path, buffer.getvalue())
+    save(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
 def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "method", "seed", "history", "student"} - checkpoint.keys()
-        require(not missing, f"it has no {', '.join(sorted(missing))}")
-        return checkpoint
+        network, weights = build_network(Config(**checkpoint["config"])), checkpoint["student"]
+        require({"method", "seed", "history"} <= checkpoint.keys(), "parts are missing")
     except Exception as error:                           # unpickling raises almost anything
-        raise InputError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: "
+        raise InputError(f"{path}: is not a checkpoint of this version ({type(error).__name__}: "
                          f"{error}); give another file") from error
-
-
-def load_states(path, checkpoint, parts):
-    """Load the state of networks and optimiser. parts: dict of what has a load_state_dict."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(checkpoint[name])
-        except Exception as error:
-            raise InputError(f"{path}: its {name} does not fit the one that this file builds "
-                             f"({error}); restore build_network and build, or train anew with "
-                             "another --out") from error
-
-
-def load_network(path, name):
-    """The student or the teacher of a checkpoint file. -> network in eval mode, Config"""
-    checkpoint = load_checkpoint(path)
     try:
-        config = Config(**checkpoint["config"])
-    except TypeError as error:
-        raise InputError(f"{path}: is of another version ({error}); train anew") from error
-    network = build_network(config)
-    load_states(path, checkpoint, {name: network})
-    return network.eval(), config
-
-
-def resume(path, method, seed, parts):
-    """Continue a run. parts: networks and optimiser, which get their state. -> its checkpoint"""
-    checkpoint = load_checkpoint(path)
-    require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
-            f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
-    load_states(path, checkpoint, parts)
+        network.load_state_dict(weights)
+    except Exception as error:
+        raise InputError(f"{path}: holds another network than build_network() makes ({error}); "
+                         "restore that function, or train with another --out") from error
     return checkpoint
+
+
+def load_network(checkpoint, name):
+    """The student or the teacher of a checkpoint. -> network in eval mode"""
+    network = build_network(Config(**checkpoint["config"]))
+    network.load_state_dict(checkpoint[name])
+    return network.eval()
 
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
@@ -1161,27 +1071,26 @@ def experiment(config, overwrite=False):
     methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
-    splits = {}                                          # seed of a split -> dict of Slices
+    data, slices = {}, {}                                # seed of a run -> its data
     for seed in seeds:
-        split_seed = seed if config.split_seed == -1 else config.split_seed
-        if split_seed not in splits:
-            one_split = dataclasses.replace(config, split_seed=split_seed)
-            splits[split_seed] = load_data(one_split, device)
-            for method in methods:
-                batch_sizes(config, method, splits[split_seed])
+        if config.split_seed == -1:
+            data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
+        else:
+            data[seed] = data[config.seed] if data else load_data(config, device)
+        split = f"split {seed if config.split_seed == -1 else config.split_seed}"
+        slices[split] = {name: part.where for name, part in data[seed].items()}
+        for method in methods:
+            batch_sizes(config, method, data[seed])
     # A batch of 16 small slices does not fill a GPU: many GPUs train many runs, not one together.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own_seeds = seeds[rank::world]
     out = Path(config.out)
     if overwrite:
-        remove_runs(out, seeds, own_seeds, first=rank == 0)
-    prepare_folder(out, config, splits, overwrite)
-    studies = {}                                         # seed of a run -> its data
-    for seed in seeds:
-        studies[seed] = splits[seed if config.split_seed == -1 else config.split_seed]
-    for seed in own_seeds:
+        require(world == 1, "--overwrite: not under torchrun; delete the old folder yourself")
+        remove_runs(out)
+    save_config(out, config, slices)
+    for seed in seeds[rank::world]:
         for method in methods:
-            train(config, method, seed, studies[seed])
+            train(config, method, seed, data[seed])
 
     checkpoints = []
     for method, seed in itertools.product(methods, seeds):
@@ -1191,59 +1100,46 @@ def experiment(config, overwrite=False):
             print(f"{path}: not finished yet; the last process reports")
             return None
         checkpoints.append(checkpoint)
-    return report(config, checkpoints, studies)
+    return report(config, checkpoints, data)
 
 
-def remove_runs(out, seeds, own_seeds, first):
-    """Delete the old runs of a folder, for --overwrite.
-
-    Under torchrun each process deletes the runs of its own seeds, and the first one also those
-    that no process trains and the results.
-    """
-    for path in out.glob("*-seed*.*"):
-        match = re.fullmatch(r"(supervised|mean_teacher)-seed(\d+)\.(pt|csv)", path.name)
-        if match and (int(match[2]) in own_seeds or first and int(match[2]) not in seeds):
+def remove_runs(out):
+    """Delete the runs and results in a folder, for --overwrite."""
+    for pattern in ("*-seed*.pt", "*-seed*.csv", "config.json", "metrics.csv", "table.md"):
+        for path in out.glob(pattern):
             path.unlink()
-    if first:
-        for name in ("config.json", "table.md", "metrics.csv", "curves.png", "examples.png"):
-            (out / name).unlink(missing_ok=True)
 
 
-def prepare_folder(out, config, splits, overwrite):
-    """Write config.json. InputError if an older one has other settings or slices."""
-    path = out / "config.json"
-    slices = {}
-    for split_seed, data in splits.items():
-        slices[str(split_seed)] = {name: part.where for name, part in data.items()}
+def save_config(out, config, slices):
+    """Write config.json. InputError if the folder has runs of other settings or slices.
+
+    slices: dict: split -> set -> list of (site, scan, slice)
+    """
+    path, advice = out / "config.json", "choose another --out, or use --overwrite to replace them"
     record = json.loads(json.dumps({"config": vars(config), "slices": slices}))  # tuples: lists
-    if path.exists() and not overwrite:
+    differs = []
+    if path.exists():
         try:
             old = json.loads(path.read_text())
-            old_config, old_slices = dict(old["config"]), dict(old["slices"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r}); choose another --out, or use "
-                             "--overwrite to replace the runs beside it") from error
-        # Runs, seeds and methods can be added; where the data are and what computes can change.
-        free = ("data", "out", "method", "runs", "seed", "device")
-        differs = []
-        for name, value in record["config"].items():
-            if name not in free and old_config.get(name) != value:
-                differs.append(name)
-        for split_seed in set(slices) & set(old_slices):
-            if old_slices[split_seed] != record["slices"][split_seed]:
-                differs.append("slices")
-        require(not differs, f"{out}: its runs differ from this command in "
-                f"{', '.join(differs)}; choose another --out, or use --overwrite to replace them")
-        old_slices.update(record["slices"])
-        record["slices"] = old_slices
-    elif not overwrite:
-        require(not list(out.glob("*-seed*.pt")), f"{out}: has runs, but no config.json that tells "
-                "their settings; choose another --out, or use --overwrite to replace them")
-    save(path, json.dumps(record, indent=1).encode())
-    for part in out.glob(".*.part"):                     # left by processes that were killed
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink()
+            for name, value in record["config"].items():
+                if old["config"].get(name) != value:
+                    differs.append(name)
+            for split in old["slices"].keys() & slices.keys():
+                if old["slices"][split] != record["slices"][split]:
+                    differs.append(f"slices of {split}")
+            record["slices"] = old["slices"] | record["slices"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({error!r}); {advice}") from error
+    elif list(out.glob("*-seed*.pt")):
+        differs.append("an unknown way: config.json is missing")
+    # Runs, seeds and methods can be added, data can be moved, and another device can continue.
+    differs = [name for name in differs
+               if name not in ("data", "out", "method", "runs", "seed", "device")]
+    require(not differs, f"{out}: its runs differ in {', '.join(differs)}; {advice}")
+    save(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+    for part in out.glob(".*.part"):                     # left by a process that was killed
+        if time.time() - part.stat().st_mtime > 3600:
+            part.unlink()
 
 
 def pick_device(name="auto"):
@@ -1257,34 +1153,36 @@ def pick_device(name="auto"):
             rank = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
         one = torch.ones(1, device=name)
-        require(one.item() == 1, "does not compute")
+        one.item()                                       # fails on devices that do not compute
         return one.device
     except Exception as error:
         raise InputError(f"--device {name}: not available ({error}); try cpu") from error
 
 
-def report(config, checkpoints, studies):
-    """Write table, per-slice metrics and pictures. studies: seed -> data. -> see experiment()"""
+def report(config, checkpoints, data):
+    """Write table, per-slice metrics and pictures. data: seed of a run -> its data. -> dict
+
+    The dict is that of experiment().
+    """
     out, scores, rows = Path(config.out), {}, []
     for checkpoint in checkpoints:
         method, seed = checkpoint["method"], checkpoint["seed"]
         for model, metrics in checkpoint["metrics"].items():
-            label = LABELS[method, model]
-            if label not in scores:
-                scores[label] = {name: [] for name in METRICS}
+            row_scores = scores.setdefault(LABELS[method, model], {name: [] for name in METRICS})
             for name in METRICS:
-                scores[label][name].append(float(np.mean(metrics[name])))
-            for k, (site, scan, z) in enumerate(studies[seed]["test"].where):
-                row = {"method": method, "seed": seed, "model": model,
-                       "site": site, "subject": scan, "slice": z}
-                for name in METRICS:
-                    row[name] = metrics[name][k]
+                row_scores[name].append(float(np.mean(metrics[name])))
+            for k, (site, scan, z) in enumerate(data[seed]["test"].where):
+                row = {"method": method, "seed": seed, "model": model, "site": site,
+                       "subject": scan, "slice": z}
+                row.update((name, metrics[name][k]) for name in METRICS)
                 rows.append(row)
     table, difference = make_table(scores)
     save_csv(out / "metrics.csv", rows)
-    save(out / "table.md", table.encode())
-    draw_curves(checkpoints, out / "curves.png")
-    draw_examples(config, checkpoints, studies[config.seed]["test"], out / "examples.png")
+    save(out / "table.md", lambda file: file.write(table.encode()))
+    pictures = {"curves.png": draw_curves(checkpoints),
+                "examples.png": draw_examples(config, checkpoints, data[config.seed]["test"])}
+    for name, figure in pictures.items():
+        save(out / name, lambda file: figure.savefig(file, dpi=110))
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
@@ -1294,128 +1192,100 @@ def make_table(scores):
 
     For scores and difference see experiment().
     """
-    runs = len(scores[next(iter(scores))]["dice"])
-    titles = ["Dice", "mIoU", "Accuracy", "Precision", "Recall", "Specificity"]
-    lines = [[f"test, %; runs: {runs}", *titles], [":" + "-" * 21, *["-" * 11 + ":"] * 6]]
+    runs = len(next(iter(scores.values()))["dice"])
+    table = (f"| {f'test, %; runs: {runs}':22} |         Dice |         mIoU |     Accuracy "
+             "|    Precision |       Recall |  Specificity |\n|:-----------------------"
+             + "|-------------:" * 6 + "|\n")
     for label, metrics in scores.items():
-        line = [label]
+        table += f"| {label:22} |"
         for values in metrics.values():
             std = f" ({np.std(values, ddof=1):.2f})" if runs > 1 else ""
-            line.append(f"{np.mean(values):.2f}{std}")
-        lines.append(line)
-    table = ""
-    for label, *cells in lines:
-        table += f"| {label:22} | " + " | ".join(f"{cell:>12}" for cell in cells) + " |\n"
+            table += f" {f'{np.mean(values):.2f}{std}':>12} |"
+        table += "\n"
     if len(scores) < 3:
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
-    mean, error, text = float(pairs.mean()), math.nan, "not known from one run"
-    if runs > 1:
-        error = float(np.std(pairs, ddof=1)) / math.sqrt(runs)
-        text = f"{error:.2f}"
-    table += (f"\nTeacher minus supervised: {mean:+.2f} Dice; standard error: {text}; paired over "
-              f"runs: {runs}\n")
-    return table, (mean, error)
+    error = float(np.std(pairs, ddof=1)) / math.sqrt(runs) if runs > 1 else math.nan
+    table += (f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice, standard error "
+              f"{error:.2f}, paired over {runs} run(s)\n")
+    return table, (float(pairs.mean()), error)
 
 
-def save_figure(path, figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    save(path, buffer.getvalue())
-
-
-def draw_curves(checkpoints, path):
-    """Losses and validation Dice against the training step, one line per run, as PNG."""
-    panels = {"Dice loss (paper, eq. 3)": {"dice_loss": "student"},
-              "Consistency loss per pixel (eq. 2)": {"consistency_loss": "student"},
-              "Validation Dice, %": {"val_student": "student", "val_teacher": "teacher"}}
+def draw_curves(checkpoints):
+    """Losses and validation Dice against the training step, one line per run. -> Figure"""
+    panels = [("dice_loss", "student", "Dice loss (paper, eq. 3)"),
+              ("consistency_loss", "student", "Consistency loss per pixel (eq. 2)"),
+              ("val_student", "student", "Validation Dice, %"),
+              ("val_teacher", "teacher", "Validation Dice, %")]
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
+    axes = figure.subplots(1, 3)
+    for (column, model, title), axis in zip(panels, [*axes, axes[2]]):
         axis.set(title=title, xlabel="training step")
         for checkpoint in checkpoints:
-            for column, model in columns.items():
-                rows = [row for row in checkpoint["history"]
-                        if not math.isnan(row.get(column, math.nan))]
-                if not rows:
-                    continue
+            rows = [row for row in checkpoint["history"] if not math.isnan(row[column])]
+            if rows:
                 label = LABELS[checkpoint["method"], model]
                 first_run = checkpoint["seed"] == checkpoints[0]["seed"]
                 axis.plot([row["step"] for row in rows], [row[column] for row in rows],
                           "--" if model == "teacher" else "-", color=COLORS[label],
                           label=label if first_run else None)
                 axis.legend()
-    save_figure(path, figure)
+    return figure
 
 
-def draw_examples(config, checkpoints, slices, path):
-    """Outlines of the rater and of each method's first run on four test slices, as PNG."""
-    columns, dice = {"image": None, "rater": slices.masks}, {}
+def draw_examples(config, checkpoints, slices):
+    """Outlines of the rater and of each method's first run on some test slices. -> Figure"""
+    columns = {"image": 0 * slices.masks, "rater": slices.masks}
     for checkpoint in checkpoints:
         if checkpoint["seed"] == config.seed:
             model = "teacher" if "teacher" in checkpoint else "student"
-            label = LABELS[checkpoint["method"], model]
-            name = f"{checkpoint['method']}-seed{config.seed}.pt"
-            network, _ = load_network(Path(config.out, name), model)
-            network.to(slices.images.device)
+            network = load_network(checkpoint, model).to(slices.images.device)
             probabilities = predict_probabilities(network, slices.images)
-            columns[label] = probabilities > config.threshold
-            dice[label] = checkpoint["metrics"][model]["dice"]
-    gaps = np.ptp(list(dice.values()), axis=0)           # between the methods, per slice
-    order = np.argsort(-gaps).tolist()
-    picked = sorted({*order[:2], *order[-2:]}, key=order.index)
+            columns[LABELS[checkpoint["method"], model]] = probabilities > config.threshold
+    picked = range(0, len(slices.where), math.ceil(len(slices.where) / 4))       # evenly spaced
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
-    figure.suptitle("Test slices on which the methods differ most (top) and least (bottom)"
-                    if len(dice) > 1 else "Test slices")
-    axes = figure.subplots(len(picked), len(columns), squeeze=False)
-    for row, k in zip(axes, picked):
+    for row, k in zip(figure.subplots(len(picked), len(columns), squeeze=False), picked):
         # The grey-value window is that of the structure, not of bright fat around it.
         image = slices.images[k, 0].cpu()
         around = F.max_pool2d(slices.masks[k], 9, stride=1, padding=4)[0].cpu() > 0
         low, high = image[around].quantile(torch.tensor([0.02, 0.98])).tolist()
         margin = (high - low) / 2
-        for axis, (title, masks) in zip(row, columns.items()):
+        for axis, (label, masks) in zip(row, columns.items()):
             axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
-            axis.set(xticks=[], yticks=[], title=title)
-            if title == "image":
-                _, scan, z = slices.where[k]
-                axis.set_xlabel(f"{scan}, slice {z}", parse_math=False)  # names may have a $
-            if title in dice:
-                axis.set_xlabel(f"Dice {dice[title][k]:.1f} %")
-            if masks is not None and masks[k].any():
-                axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[title])
-    save_figure(path, figure)
+            dice = segmentation_metrics(masks[k:k + 1], slices.masks[k:k + 1])["dice"].item()
+            axis.set(xticks=[], yticks=[], title=label, xlabel=f"Dice {dice:.1f} %")
+            if masks[k].any():
+                axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[label])
+        _, scan, z = slices.where[k]
+        row[0].set_xlabel(f"{scan}, slice {z}", parse_math=False)        # a name can have a $
+    return figure
 
 
 # --- 11. Predict ---------------------------------------------------------------------------------
 
-def predict_volume(image, network, config, name="image", center=(0.0, 0.0)):
+def predict_volume(image, network, config, name="image"):
     """Probability of foreground for every voxel of a nibabel image, on the image's own grid.
 
-    network: as trained with config, whose spacing and crop are used; center: of the crop, mm from
-    the image's centre, to posterior and to the right -> array of image.shape, float32 in [0, 1]; 0
-    outside the crop. Warns if the mask is empty or touches the border of the crop.
+    network: as trained with config, whose spacing and crop are used -> array of image.shape,
+    float32 in [0, 1]; 0 outside the crop. Warns if the mask is empty or touches the crop's border.
     """
-    volume, voxel_mm = canonical(image)
-    height, width = resampled_size(volume, voxel_mm, config.spacing)
-    down, right = [round(mm / config.spacing) for mm in center]          # px
-    require(2 * abs(down) < height and 2 * abs(right) < width,
-            f"--center {center} is outside the image, which reaches to "
-            f"{height * config.spacing / 2:g} and {width * config.spacing / 2:g} mm")
-    images = read_images(image, config, (down, right))
+    images = read_images(image, config)                  # (Z, 1, crop, crop)
     device = next(network.parameters()).device
     probabilities = predict_probabilities(network, images.to(device)).cpu()
     probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)          # nothing in empty slices
     mask = probabilities > config.threshold
     if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
         what = "foreground at the border" if mask.any() else "no foreground"
-        print(f"warning: {name}: {what} of the crop, {config.crop} px of {config.spacing} mm "
-              f"around {center} mm; use --center to move it")
-    result = np.zeros(volume.shape, np.float32)          # (X, Y, Z), RAS
-    for z in range(len(probabilities)):                  # undo to_slices, slice by slice
-        plane = center_crop(probabilities[z:z + 1], height, width, (-down, -right))
+        print(f"warning: {name}: {what} of the centre crop of {config.crop} px of "
+              f"{config.spacing} mm")
+    volume, voxel_mm = canonical(image)
+    size = resampled_size(volume, voxel_mm, config.spacing)
+    result = np.zeros_like(volume)                       # (X, Y, Z), RAS
+    for z in range(volume.shape[2]):                     # undo to_slices, slice by slice
+        plane = center_crop(probabilities[z:z + 1], *size)
         plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
         result[:, :, z] = plane[0, 0].flip(0).T.numpy()
-    ras, stored = nib.io_orientation(np.diag([1, 1, 1, 1])), nib.io_orientation(image.affine)
+    ras, stored = nib.io_orientation(np.eye(4)), nib.io_orientation(image.affine)
     return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, stored))
 
 
@@ -1429,9 +1299,6 @@ def predict(argv):
     parser.add_argument("image", type=Path, help="the scan, a NIfTI file")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt file of a run")
     parser.add_argument("--output", type=Path, required=True, help="the mask to write, .nii[.gz]")
-    parser.add_argument("--center", type=float, nargs=2, default=(0, 0), metavar=("ROW", "COLUMN"),
-                        help="centre of the crop: mm from the image's centre, to posterior and "
-                             "to the right")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing mask")
     given = parser.parse_args(argv)
     output = given.output
@@ -1440,12 +1307,13 @@ def predict(argv):
     require(not output.exists() or not output.samefile(given.image), f"{output}: is the scan")
     require(given.overwrite or not output.exists(),
             f"{output}: already exists; use --overwrite to replace it")
-    model = "teacher" if "teacher" in load_checkpoint(given.checkpoint) else "student"
-    network, config = load_network(given.checkpoint, model)
-    network.to(pick_device())
+    checkpoint = load_checkpoint(given.checkpoint)
+    config = Config(**checkpoint["config"])
+    model = "teacher" if "teacher" in checkpoint else "student"
+    network = load_network(checkpoint, model).to(pick_device())
     image = load_nifti(given.image)
     try:
-        probabilities = predict_volume(image, network, config, given.image, given.center)
+        probabilities = predict_volume(image, network, config, given.image)
     except InputError as error:
         raise InputError(f"{given.image}: {error}") from None
     foreground = probabilities > config.threshold
@@ -1455,7 +1323,7 @@ def predict(argv):
     content = mask.to_bytes()
     if output.suffix == ".gz":
         content = gzip.compress(content, mtime=0)        # no time stamp: equal masks, equal files
-    save(output, content)
+    save(output, lambda file: file.write(content))
     print(f"{output}: {foreground.sum()} voxels of foreground")
     return output
 
@@ -1507,8 +1375,8 @@ def paint_cord(x, y, z, draw, noise):
     muscle, bone, csf = draw(0.3, 1.0), draw(0.05, 0.2), draw(1.6, 2.5)
     image = muscle * torch.exp(0.3 * noise(5) + 0.3 * noise(2))
     image = paint(bone, ellipse(x, y - deep - 11, 12, 8))
-    # Canal, 1 to 3 mm around the cord: inside an arched front, two sides and a V-shaped back. Bright
-    # CSF within a dark wall, crossed by grey nerve roots
+    # Canal, 1 to 3 mm around the cord: an arched front, two sides and a V-shaped back. Bright CSF
+    # within a dark wall, crossed by grey nerve roots
     front = y - deep - draw(1.2, 3.2) + draw(0, 0.03) * side ** 2
     back = draw(0.4, 0.8) * (torch.hypot(x, torch.tensor(3.0)) - 3) - y - deep - draw(0.6, 1.4)
     canal = torch.logsumexp(torch.stack([front, back, side - draw(9, 12)]), 0)  # smooth maximum
@@ -1612,6 +1480,12 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
 
 # --- 13. Command line ----------------------------------------------------------------------------
 
+# The groups of --help: the first field of each, and its title.
+GROUPS = {"data": "what to run", "spacing": "data", "width": "network", "epochs": "optimisation",
+          "consistency_weight": "mean teacher", "degrees": "augmentation",
+          "threshold": "evaluation"}
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong option in one line, like any other bad input."""
 
@@ -1622,41 +1496,36 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """Turn the command line into a Config, every field of which is an option. -> it, overwrite."""
     parser = Parser(
-        usage="%(prog)s [options]\n       %(prog)s predict --help", description="The paper's "
-        "experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of the mean teacher, with 86 "
-        "training slices. The defaults in [brackets] are the paper's; (authors): the paper is "
-        "silent, from the first author's code; (here): our choice.")
+        usage="%(prog)s [options]\n       %(prog)s predict --help",
+        description="The paper's experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of "
+        "the mean teacher, with 86 training slices. The defaults in [brackets] are the paper's; "
+        "(authors): the paper is silent, from the first author's code; (here): our choice.",
+        epilog="--preset demo: the values of DEMO in section 1 of the file. --epochs without "
+        "--steps turns --steps off.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="delete the old runs in --out first")
-    demo = []
+    parser.add_argument("--overwrite", action="store_true", help="first delete the runs in --out")
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
-        several = isinstance(field.default, tuple)
-        values = field.default if several else (field.default,)
-        group.add_argument(
-            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-            nargs="+" if several else None, type=type(values[0]) if values else str,
-            choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} [{' '.join(map(str, values))}]".replace("%", "%%"))
-        if getattr(DEMO, field.name) != field.default:
-            demo.append(f"{field.name} {getattr(DEMO, field.name)}")
-    parser.epilog = f"--preset demo: {', '.join(demo)}. Without --steps, --epochs turns steps off."
+        values = field.default if isinstance(field.default, tuple) else (field.default,)
+        text = f"{field.metadata['help']} [{' '.join(map(str, values))}]"
+        group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           nargs="+" if values is field.default else None,
+                           type=type(values[0]) if values else str,
+                           choices=field.metadata["choices"], help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     overwrite, preset = given.pop("overwrite"), given.pop("preset")
     for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+        given[name] = tuple(value) if isinstance(value, list) else value
     if "epochs" in given:
         given.setdefault("steps", 0)
     preset = preset or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
-    check(config)
     if not config.out:
         name = Path(config.data).resolve().name if config.data else "phantom"
         config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
+    check(config)
     return config, overwrite
 
 
