@@ -18,6 +18,7 @@ import copy
 import csv
 import dataclasses
 import gzip
+import inspect
 import io
 import itertools
 import json
@@ -55,13 +56,18 @@ def phantom(tmp_path_factory):
 
 def small(folder, out="", **changes):
     settings = dict(data=str(folder), out=str(out), crop=32, width=4, epochs=(2,))
+    if "steps" in {field.name for field in dataclasses.fields(mt.Config)}:
+        settings["steps"] = 0                            # so that epochs count
     return dataclasses.replace(mt.DEMO, **{**settings, **changes})
 
 def step_options(**changes):
     return mt.step_options(dataclasses.replace(mt.DEMO, **changes), torch.device("cpu"))
 
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
 def vector(network):
-    return nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    return flat(network.parameters())
 
 def rotation(degrees):
     """phi that turns the picture anticlockwise, as torch.rot90 does."""
@@ -656,6 +662,156 @@ def test_masks_of_unlabelled_subjects_are_never_read(tmp_path, layout, masks, ho
         assert old.where == after[key].where
         assert all(map(torch.equal, old[:2], after[key][:2]))
 
+# --- Data, from the files to the slices ----------------------------------------------------------
+
+def bids_scan(folder, volume, mask=None, **how):
+    """Write one scan in BIDS' layout. -> its Scan"""
+    write_nifti(folder / "sub-a/anat/sub-a_T2starw.nii.gz", volume.astype(np.float32), **how)
+    if mask is not None:
+        path = folder / "derivatives/labels/sub-a/anat/sub-a_T2starw_gmseg.nii.gz"
+        write_nifti(path, mask.astype(np.uint8), **how)
+    return mt.find_scans(folder)[0]
+
+def test_z_scores_are_of_each_slices_crop_alone(tmp_path):
+    volume = np.random.default_rng(0).normal(100, 10, (48, 44, 3))
+    other = volume.copy()
+    other[:4] = other[-4:] = 5000.0                      # outside the crop
+    other[:, :, 1] = 3 * other[:, :, 1] + 700            # a scale of its own for one slice
+    slices = [mt.read_scan(bids_scan(tmp_path / name, values), fast(), False).images
+              for name, values in (("one", volume), ("two", other))]
+    assert torch.allclose(*slices, atol=1e-4)
+    assert slices[0].shape == (3, 1, 32, 32)
+    assert slices[0].mean((2, 3)).abs().max() < 1e-5
+    assert (slices[0].std((2, 3)) - 1).abs().max() < 1e-3
+
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1e-7, 0), (1e5, 0), (1, 3000)])
+def test_z_scores_count_the_pixels_that_exist_whatever_the_scale(tmp_path, scale, offset):   # NEW
+    volume = np.random.default_rng(0).normal(100, 10, (20, 48, 2)) * scale + offset
+    images = mt.read_scan(bids_scan(tmp_path, volume), fast(), False).images
+    inside = images[:, :, :, 6:26]                       # 20 columns; 6 of padding on either side
+    assert images.shape == (2, 1, 32, 32)
+    assert inside.mean((2, 3)).abs().max() < 1e-4
+    assert (inside.std((2, 3), unbiased=False) - 1).abs().max() < 1e-4
+    assert images.abs().sum() == inside.abs().sum()      # the padding is 0
+
+@pytest.mark.parametrize("value", [0.0, 7.3, -1000.1])
+def test_a_slice_without_contrast_is_dropped(tmp_path, value):
+    volume = np.random.default_rng(0).normal(100, 10, (32, 32, 3))
+    volume[:, :, 1] = value
+    scan = bids_scan(tmp_path, volume, np.ones(volume.shape))
+    for labelled in (True, False):
+        slices = mt.read_scan(scan, fast(), labelled)
+        assert [place[2] for place in slices.where] == [0, 2]
+        assert len(slices.images) == 2 and torch.isfinite(slices.images).all()
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "ASL"])
+def test_a_bright_block_lies_where_it_was_and_has_its_mm2_on_another_grid(tmp_path, axes):
+    # 20 mm x 36 mm in voxels of 0.25 x 0.75 mm. In mm from the left and the back corner, the
+    # block reaches from 5 to 9 and from 15 to 19.5: 18 mm2.
+    volume = np.full((80, 48, 2), 20.0)
+    mask = np.zeros(volume.shape)
+    volume[20:36, 20:26, 1] = 200.0
+    mask[20:36, 20:26, 1] = 1
+    volume[0, 0, 0] = 21.0                               # some contrast in the other slice
+    scan = bids_scan(tmp_path, volume, mask, mm=(0.25, 0.75, 4.0), axes=axes)
+    slices = mt.read_scan(scan, fast(crop=48), True)
+    # 40 columns of 0.5 mm in a crop of 48, padded by 4 on either side; 72 rows, counted from the
+    # front, of which the first 12 are cut.
+    columns = slice(4 + 10, 4 + 18)
+    rows = slice(33 - 12, 42 - 12)
+    expected = torch.zeros(48, 48)
+    expected[rows, columns] = 1
+    assert slices.where == [("", "sub-a", 1)]
+    assert torch.equal(slices.masks[0, 0], expected)
+    assert slices.masks.sum() * 0.5 ** 2 == 18
+    middle = (slices.images.max() + slices.images.min()) / 2
+    assert torch.equal((slices.images[0, 0] > middle).float(), expected)
+
+@pytest.mark.parametrize("spacing", [0.5, 0.25])
+def test_image_and_mask_are_aligned_to_the_pixel_with_empty_slices_in_between(tmp_path, spacing):
+    volume = np.random.default_rng(0).normal(100, 1, (32, 32, 6))
+    mask = np.zeros(volume.shape)
+    for z in range(6):
+        volume[4 + 3 * z:8 + 3 * z, 20 - 2 * z:23 - 2 * z, z] = 200.0
+        mask[4 + 3 * z:8 + 3 * z, 20 - 2 * z:23 - 2 * z, z] = 1
+    mask[:, :, 1] = 0                                    # no grey matter here
+    volume[:, :, 3] = 0                                  # and here no image
+    factor = round(0.5 / spacing)
+    scan = bids_scan(tmp_path, volume, mask, axes="LPS")
+    slices = mt.read_scan(scan, fast(crop=32 * factor, spacing=spacing), True)
+    assert slices.where == [("", "sub-a", z) for z in (0, 2, 4, 5)]
+    for image, found, (_, _, z) in zip(*slices, strict=True):
+        expected = torch.from_numpy(mask[:, ::-1, z].T.copy()).float()
+        expected = expected.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+        assert torch.equal(found[0], expected)
+        assert torch.equal((image[0] > image.max() / 2).float(), expected)
+
+def test_slices_are_named_by_their_run(tmp_path):
+    for k, (subject, number) in enumerate(itertools.product(("sub-a", "sub-b"), (1, 2))):
+        stem = f"{subject}/anat/{subject}_run-{number}_T2starw"
+        write_scan(k, tmp_path / f"{stem}.nii.gz",
+                   [tmp_path / f"derivatives/labels/{stem}_gmseg.nii.gz"])
+    config = small(tmp_path, train=("sub-a",), test=("sub-b",))
+    data = mt.load_data(config)
+    for name, subject in (("train", "sub-a"), ("test", "sub-b")):
+        assert data[name].where == [("", f"{subject}_run-{number}", z)
+                                    for number in (1, 2) for z in range(3)]
+
+def test_bids_sessions_are_scans_of_one_subject_with_masks_of_their_own(tmp_path):
+    for k, (subject, session) in enumerate(itertools.product(("sub-01", "sub-02"), (1, 2))):
+        stem = f"{subject}/ses-{session}/anat/{subject}_ses-{session}_T2starw"
+        masks = [tmp_path / f"derivatives/labels/{stem}_gmseg.nii.gz"]
+        write_scan(k, tmp_path / f"{stem}.nii.gz", masks if (subject, session) != ("sub-02", 1)
+                   else [])
+    scans = mt.find_scans(tmp_path)
+    names = [(scan.subject, scan.name, len(scan.masks)) for scan in scans]
+    assert names == [("sub-01", "sub-01_ses-1", 1), ("sub-01", "sub-01_ses-2", 1),
+                     ("sub-02", "sub-02_ses-1", 0), ("sub-02", "sub-02_ses-2", 1)]
+    for scan in scans:
+        for mask in scan.masks.values():                 # of the same session
+            assert mask.name == scan.image.name.replace(".nii", "_gmseg.nii")
+            assert mask.parent.parent.name == scan.image.parent.parent.name
+    sets = split(small(tmp_path, split=(1, 0, 1)))
+    assert {len({scan.subject for scan in sets[name]}) for name in ("train", "test")} == {1}
+    assert sets["train"][0].subject != sets["test"][0].subject
+
+def test_of_two_masks_the_first_by_name_is_read(tmp_path):
+    volume, mask = cord(1)
+    scan = bids_scan(tmp_path, volume)
+    folder = tmp_path / "derivatives/labels/sub-a/anat"
+    other = np.zeros_like(mask)
+    other[18:21, 18:20] = 1
+    write_nifti(folder / "sub-a_T2starw_gmseg-rater2.nii.gz", other)
+    write_nifti(folder / "sub-a_T2starw_gmseg-rater1.nii.gz", mask)
+    scan, = mt.find_scans(tmp_path)
+    assert [path.name for path in scan.masks.values()] == ["sub-a_T2starw_gmseg-rater1.nii.gz"]
+    assert mt.read_scan(scan, fast(), True).masks.sum() == (mask == 1).sum()
+
+def test_each_set_holds_the_slices_of_its_own_scans(tmp_path):
+    write_scgm(tmp_path, people=(1, 2, 3, 4, 11, 12))
+    config = small(tmp_path, split=(1, 1, 2), spacing=0.5)
+    data = mt.load_data(config)
+    for name, scans in split(config).items():
+        parts = [mt.read_scan(scan, config, name != "unlabelled") for scan in scans]
+        assert len(parts) == {"train": 1, "val": 1, "test": 2, "unlabelled": 2}[name]
+        assert torch.equal(data[name].images, torch.cat([part.images for part in parts]))
+        assert data[name].where == sum([part.where for part in parts], [])
+        assert {place[0] for place in data[name].where} == {"site1"}
+        if name != "unlabelled":
+            assert torch.equal(data[name].masks, torch.cat([part.masks for part in parts]))
+
+def test_the_chosen_rater_is_the_one_that_is_read(tmp_path):
+    write_scgm(tmp_path, people=(1,))
+    scan, = mt.find_scans(tmp_path)
+    for rater in "1234":
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[18:22, 14:14 + int(rater)] = 1
+        write_nifti(scan.masks[rater], mask)
+    for rater in "1234":
+        found = mt.read_scan(scan, fast(rater=rater), True).masks
+        assert found.sum() == 3 * 4 * int(rater)
+    assert torch.equal(mt.read_scan(scan, fast(), True).masks, found)    # 4 is the default
+
 # --- Metrics -------------------------------------------------------------------------------------
 
 def test_metrics_against_a_loop_over_pixels():
@@ -790,6 +946,313 @@ def test_the_defaults_are_the_papers():
         alpha_late=0.999, alpha_epochs=50, degrees=4.5, noise=0.1, consistency="bce",
         augmentation="delayed").items()
     assert len(set(mt.DEMO.epochs)) == 1                 # the demo: equal steps for both methods
+
+# --- The training loop ---------------------------------------------------------------------------
+
+def some_slices(count, seed, size=16):
+    """Slices as load_data returns them. No two of them are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 1, size, size, generator=generator)
+    masks = (F.avg_pool2d(images, 5, 1, 2) > 0.1).float()
+    where = [("", f"scan{seed}", z) for z in range(count)]
+    return mt.Slices(images, masks, where)
+
+def study():
+    """Four sets of slices, without files: three steps of two labelled slices make an epoch."""
+    unlabelled = some_slices(7, seed=4)
+    return {"train": some_slices(6, seed=1), "val": some_slices(3, seed=2),
+            "test": some_slices(4, seed=3), "unlabelled": unlabelled._replace(masks=[])}
+
+def short(out, **changes):
+    """The settings of a training that takes a second."""
+    settings = dict(crop=16, width=2, batch=2, unlabelled_batch=3, epochs=(3,), validate_every=2)
+    return small("", out, **{**settings, **changes})
+
+def clone(network):
+    return {name: values.clone() for name, values in network.state_dict().items()}
+
+def same(state, other):
+    assert state.keys() == other.keys()
+    return all(torch.equal(state[name], other[name]) for name in state)
+
+def network_of(config, state):
+    network = mt.build_network(config)
+    network.load_state_dict(state)
+    return network
+
+class Call:
+    """What a call of train_step was given, and what it did."""
+
+@pytest.fixture
+def calls(monkeypatch):
+    """All calls of train_step, in order. They do what they always do."""
+    real, made = mt.train_step, []
+    signature = inspect.signature(real)
+
+    def recorded(*arguments, **options):
+        call = Call()
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        vars(call).update(bound.arguments)
+        call.group = dict(call.optimizer.param_groups[0])
+        call.student_before = clone(call.student)
+        call.weights_before = vector(call.student)
+        call.losses = real(*arguments, **options)
+        call.student_after = clone(call.student)
+        call.gradient = flat([theta.grad for theta in call.student.parameters()])
+        if call.teacher is not None:
+            call.teacher_after = clone(call.teacher)
+        made.append(call)
+        return call.losses
+
+    monkeypatch.setattr(mt, "train_step", recorded)
+    return made
+
+def numbers(images, slices):
+    """Which of the slices these are; ValueError if one of them is not among the slices."""
+    return [[torch.equal(image, other) for other in slices.images].index(True) for image in images]
+
+def labelled_order(calls, data):
+    return [numbers(call.images, data["train"]) for call in calls]
+
+def unlabelled_order(calls, data):
+    return [numbers(call.unlabelled, data["unlabelled"]) for call in calls]
+
+def test_student_and_teacher_carry_over_from_step_to_step_and_epoch_to_epoch(
+        tmp_path, calls, monkeypatch):
+    before = []                                          # the teacher, as each step finds it
+    recorded = mt.train_step
+
+    def watched(student, teacher, *others, **options):
+        before.append(clone(teacher))
+        return recorded(student, teacher, *others, **options)
+
+    monkeypatch.setattr(mt, "train_step", watched)
+    run = mt.train(short(tmp_path), "mean_teacher", 0, study())
+    assert len(calls) == 9
+    assert same(before[0], calls[0].student_before)      # the teacher starts as a copy
+    for call, later, teacher in zip(calls, calls[1:], before[1:]):
+        assert same(later.student_before, call.student_after)
+        assert same(teacher, call.teacher_after)
+    assert same(run["student"], calls[-1].student_after)
+    assert same(run["teacher"], calls[-1].teacher_after)
+    assert not same(run["student"], run["teacher"])
+
+def test_epochs_and_seeds_see_different_orders_and_the_same_seed_the_same(tmp_path, calls):
+    data, orders, weights = study(), [], []
+    for number, seed in enumerate((0, 1, 0)):
+        calls.clear()
+        mt.train(short(tmp_path / str(number)), "mean_teacher", seed, data)
+        orders.append((labelled_order(calls, data), unlabelled_order(calls, data)))
+        weights.append(calls[0].student_before)
+    for of_one_seed, of_other_seed in zip(orders[0], orders[1]):
+        first, second, third = of_one_seed[:3], of_one_seed[3:6], of_one_seed[6:]
+        assert first != second != third != first
+        assert of_one_seed != of_other_seed
+        assert of_one_seed[3:] != of_other_seed[:6]      # no epoch of one seed is another's
+        assert of_one_seed[:6] != of_other_seed[3:]
+    assert not same(weights[0], weights[1])
+    assert orders[0] == orders[2] and same(weights[0], weights[2])
+
+def test_every_step_has_transformations_and_noise_of_its_own(tmp_path, monkeypatch):
+    # With a single labelled slice, only these can differ from step to step.
+    networks = []
+
+    def build(config):
+        networks.append(Recorder(1, 1, 1))
+        return networks[-1]
+
+    monkeypatch.setattr(mt, "build_network", build)
+    data = study()
+    data["train"] = some_slices(1, seed=1)
+    for degrees, noise in ((90.0, 0.0), (0.0, 1.0)):
+        networks.clear()
+        config = short(tmp_path / str(noise), degrees=degrees, noise=noise, batch=1, epochs=(6,))
+        for seed in (0, 1):
+            mt.train(config, "supervised", seed, {**data, "val": some_slices(0, 1)})
+        shown = [image for network in networks for image in network.seen if len(image) == 1]
+        assert len(shown) == 12                          # the four of the test set are no batch
+        for one, other in itertools.combinations(shown, 2):
+            assert not torch.allclose(one, other, atol=1e-3)
+
+def test_both_methods_start_from_the_same_weights_and_see_the_same_labelled_slices(
+        tmp_path, calls):
+    data, config = study(), short(tmp_path)
+    mt.train(config, "supervised", 5, data)
+    order, weights = labelled_order(calls, data), calls[0].student_before
+    calls.clear()
+    mt.train(config, "mean_teacher", 5, data)
+    assert same(weights, calls[0].student_before)
+    assert order[:3] == labelled_order(calls, data)[:3]
+
+def test_the_slices_of_a_step_come_from_the_training_and_from_the_unlabelled_set(tmp_path, calls):
+    data = study()
+    mt.train(short(tmp_path), "mean_teacher", 0, data)
+    unlabelled = []
+    for call in calls:
+        for image, mask in zip(call.images, call.masks, strict=True):
+            number, = numbers([image], data["train"])    # with its own mask
+            assert torch.equal(mask, data["train"].masks[number])
+        unlabelled += numbers(call.unlabelled, data["unlabelled"])
+    assert len(unlabelled) == 27 and set(unlabelled) == set(range(7))    # all of them, none else
+    assert {len(call.images) for call in calls} == {2}
+    for epoch in (calls[:3], calls[3:6], calls[6:]):
+        shown = sum(labelled_order(epoch, data), [])
+        assert sorted(shown) == [0, 1, 2, 3, 4, 5]
+
+def read_log(path):
+    """The rows of a run's log, as numbers."""
+    with open(path) as file:
+        return [{name: float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+@pytest.mark.parametrize("method", mt.METHODS)
+def test_the_log_holds_what_happened(tmp_path, calls, method):
+    data, config = study(), short(tmp_path, epochs=(7,), validate_every=3, threshold=0.45)
+    run = mt.train(config, method, 2, data)
+    assert len(calls) == 21 and [row["epoch"] for row in run["history"]] == [1, 2, 3, 4, 5, 6, 7]
+    for epoch, row in enumerate(run["history"], start=1):
+        steps = calls[3 * epoch - 3:3 * epoch]
+        assert row["step"] == 3 * epoch == steps[-1].step + 1
+        assert [row["lr"]] * 3 == [call.group["lr"] for call in steps]
+        dice_losses = [call.losses["dice"].item() for call in steps]
+        assert row["dice_loss"] == pytest.approx(np.mean(dice_losses), rel=1e-6)
+        if method == "mean_teacher":
+            assert [row["weight"]] * 3 == [call.weight for call in steps]
+            consistency_losses = [call.losses["consistency"].item() for call in steps]
+            assert row["consistency_loss"] == pytest.approx(np.mean(consistency_losses), rel=1e-6)
+        else:
+            assert not {"weight", "consistency_loss", "val_teacher"} & row.keys()
+        states = {"val_student": steps[-1].student_after}
+        if method == "mean_teacher":
+            states["val_teacher"] = steps[-1].teacher_after
+        for column, state in states.items():
+            if epoch in (1, 3, 6, 7):                    # the first, every third, the last
+                dice = mt.evaluate(network_of(config, state), data["val"], config)["dice"]
+                assert row[column] == pytest.approx(np.mean(dice), rel=1e-6)
+                assert 0 < row[column] < 100
+            else:
+                assert math.isnan(row[column])
+    log = read_log(tmp_path / f"{method}-seed2.csv")
+    assert len({row["lr"] for row in log}) > 3
+    for found, row in zip(log, run["history"], strict=True):
+        assert found == pytest.approx(row, rel=1e-6, nan_ok=True)
+
+@pytest.mark.parametrize("method", mt.METHODS)
+def test_the_test_metrics_are_those_of_the_saved_networks(tmp_path, method):
+    data, config = study(), short(tmp_path, epochs=(6,))
+    run = mt.train(config, method, 1, data)
+    models = ["student", "teacher"] if method == "mean_teacher" else ["student"]
+    assert [*run["metrics"]] == models and ("teacher" in run) == (method == "mean_teacher")
+    for model in models:
+        expected = mt.evaluate(network_of(config, run[model]), data["test"], config)
+        assert run["metrics"][model].keys() == expected.keys() == set(mt.METRICS)
+        for name in mt.METRICS:
+            assert len(expected[name]) == 4
+            assert run["metrics"][model][name] == pytest.approx(expected[name], rel=1e-5)
+    if method == "mean_teacher":
+        assert run["metrics"]["student"] != run["metrics"]["teacher"]
+
+@pytest.mark.parametrize("method", mt.METHODS)
+def test_the_checkpoint_holds_what_train_returns(tmp_path, method):
+    config = short(tmp_path, epochs=(5,))
+    run = mt.train(config, method, 4, study())
+    saved = torch.load(tmp_path / f"{method}-seed4.pt", weights_only=True)
+    assert len(saved["history"]) == 5
+    for found, row in zip(saved["history"], run["history"], strict=True):
+        assert found == pytest.approx(row, nan_ok=True)
+    assert saved["metrics"] == run["metrics"]
+    assert (saved["method"], saved["seed"], saved["config"]["width"]) == (method, 4, 2)
+    for model in run["metrics"]:
+        assert same(saved[model], run[model])
+    again = mt.train(config, method, 4, study())         # finished: it is only read
+    assert same(again["student"], run["student"]) and again["metrics"] == run["metrics"]
+
+@pytest.mark.parametrize("method, decay", [("supervised", 0.3), ("mean_teacher", 0.7)])
+def test_the_optimiser_is_adam_with_the_papers_betas_and_an_l2_penalty(
+        tmp_path, calls, method, decay):
+    mt.train(short(tmp_path, weight_decay=(0.3, 0.7)), method, 0, study())
+    theta = calls[0].weights_before.double()
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step, call in enumerate(calls, start=1):
+        # The penalty is part of the gradient, unlike AdamW's.
+        gradient = call.gradient.double() + decay * theta
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.999 * v + 0.001 * gradient ** 2
+        m_hat = m / (1 - 0.9 ** step)
+        v_hat = v / (1 - 0.999 ** step)
+        theta = theta - call.group["lr"] * m_hat / (v_hat.sqrt() + 1e-8)
+    assert (vector(calls[-1].student).double() - theta).abs().max() < 2e-6
+    assert (calls[0].weights_before.double() - theta).abs().max() > 1e-3
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_trained_networks_have_the_dropout_and_the_width_of_the_settings(
+        tmp_path, calls, rate):
+    mt.train(short(tmp_path, dropout=rate, width=3, epochs=(1,)), "mean_teacher", 0, study())
+    for network in (calls[0].student, calls[0].teacher):
+        rates = [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout2d)]
+        assert rates == [rate] * 14                      # after every convolution but the last
+        convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        widths = [layer.out_channels for layer in convolutions]
+        assert widths[0] == 3 and max(widths) == 12
+
+def test_a_batch_larger_than_the_study_takes_all_slices_in_every_step(tmp_path, calls):
+    data = study()
+    config = short(tmp_path, batch=50, unlabelled_batch=20, epochs=(4,))
+    run = mt.train(config, "mean_teacher", 0, data)
+    assert [row["step"] for row in run["history"]] == [1, 2, 3, 4]
+    for shown, unlabelled in zip(labelled_order(calls, data), unlabelled_order(calls, data)):
+        assert sorted(shown) == [0, 1, 2, 3, 4, 5]
+        assert len(unlabelled) == 20 and set(unlabelled) == set(range(7))
+
+@pytest.mark.parametrize("method, changes", [
+    ("supervised", {}), ("mean_teacher", {"unlabelled_batch": 0})])
+def test_unlabelled_slices_are_left_alone_where_none_are_asked_for(
+        tmp_path, calls, method, changes):
+    data, trained = study(), []
+    for number, unlabelled in enumerate((some_slices(7, 4), some_slices(7, 5))):
+        config = short(tmp_path / str(number), **changes)
+        run = mt.train(config, method, 0, {**data, "unlabelled": unlabelled})
+        trained.append(run["student"])
+    assert same(*trained)
+    assert {len(call.unlabelled) for call in calls} == {0}
+    assert {call.teacher is None for call in calls} == {method == "supervised"}
+
+def test_without_an_unlabelled_subject_the_mean_teacher_trains_on_labelled_slices(
+        tmp_path, calls):
+    data = {**study(), "unlabelled": some_slices(0, 4)}
+    run = mt.train(short(tmp_path), "mean_teacher", 0, data)
+    assert {len(call.unlabelled) for call in calls} == {0} and len(calls) == 9
+    assert all(row["consistency_loss"] > 0 for row in run["history"])
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_training_is_in_bfloat16_on_cuda_alone(tmp_path, calls, monkeypatch, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    types = []
+
+    class Typed(nn.Conv2d):
+        def forward(self, x):
+            result = super().forward(x)
+            if self.training:
+                types.append(result.dtype)
+            return result
+
+    monkeypatch.setattr(mt, "build_network", lambda config: Typed(1, 1, 1))
+    data = {name: part._replace(images=part.images.to(device)) for name, part in study().items()}
+    for name in ("train", "val", "test"):
+        data[name] = data[name]._replace(masks=data[name].masks.to(device))
+    mt.train(short(tmp_path), "mean_teacher", 0, data)
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    assert len(types) == 9 * 4                           # student and teacher, two parts each
+    assert set(types) == {torch.bfloat16 if native else torch.float32}
+    assert {bool(call.amp) for call in calls} == {native}
+
+def test_no_validation_set_means_no_validation_score(tmp_path):
+    run = mt.train(short(tmp_path), "mean_teacher", 0, {**study(), "val": some_slices(0, 2)})
+    for row in run["history"]:
+        assert math.isnan(row["val_student"]) and math.isnan(row["val_teacher"])
+    assert len(run["metrics"]["teacher"]["dice"]) == 4
 
 # --- Resume --------------------------------------------------------------------------------------
 
