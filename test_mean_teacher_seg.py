@@ -38,6 +38,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 import mean_teacher_seg as mt
@@ -1364,6 +1365,194 @@ def test_torchrun_deals_out_the_runs_and_the_same_command_resumes_a_failure(tmp_
     table = (one / "table.md").read_text()               # the paper's rows are of other data
     assert all(f"| {row} " in table for row in mt.LABELS.values()) and "paper" not in table
 
+# --- Results -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def finished(little, tmp_path_factory):
+    """Both methods with the seeds 3 and 4. -> arguments, folder, what main returned"""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    arguments = [*little, "--spacing", 0.5, "--epochs", 12, "--batch", 1, "--threshold", 0.4]
+    result = main(*arguments, "--seed", 3, "--runs", 2, "--out", folder)
+    return arguments, folder, result
+
+def read_metrics(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+def test_seed_and_runs_say_which_runs_are_trained_and_which_are_reported(finished, tmp_path):
+    arguments, folder, result = finished
+    names = {f"{method}-seed{seed}.{end}" for method in mt.METHODS for seed in (3, 4)
+             for end in ("pt", "csv")}
+    assert {path.name for path in folder.glob("*-seed*")} == names
+    assert {row["seed"] for row in read_metrics(folder)} == {"3", "4"}
+    assert {len(values["dice"]) for values in result["scores"].values()} == {2}
+    shutil.copytree(folder, tmp_path / "out")
+    for seed, place in ((3, 0), (4, 1)):
+        less = main(*arguments, "--seed", seed, "--runs", 1, "--out", tmp_path / "out")
+        for model, values in less["scores"].items():
+            assert values["dice"] == [result["scores"][model]["dice"][place]]
+        assert {row["seed"] for row in read_metrics(tmp_path / "out")} == {str(seed)}
+    assert {path.name for path in (tmp_path / "out").glob("*-seed*")} == names
+    assert bits(folder / "mean_teacher-seed3.pt") != bits(folder / "mean_teacher-seed4.pt")
+
+def test_a_row_of_the_metrics_is_that_slices_metric(finished):
+    arguments, folder, _ = finished
+    config, _ = mt.parse([*map(str, arguments)])
+    slices = mt.load_data(config)["test"]
+    rows = read_metrics(folder)
+    found = {}
+    for row in rows:
+        found[row["method"], row["seed"], row["model"], row["slice"]] = row
+    networks = [("supervised", "student"), ("mean_teacher", "student"),
+                ("mean_teacher", "teacher")]
+    assert len(found) == len(rows) == 2 * 3 * 3          # seeds, networks, slices
+    values = set()
+    for (method, model), seed in itertools.product(networks, ("3", "4")):
+        run = torch.load(folder / f"{method}-seed{seed}.pt", weights_only=True)
+        network = network_of(config, run[model])
+        expected = mt.evaluate(network, slices, config)
+        for k, (site, name, z) in enumerate(slices.where):
+            row = found[method, seed, model, str(z)]
+            assert (row["site"], row["subject"]) == (site, name)
+            for metric in mt.METRICS:
+                assert float(row[metric]) == pytest.approx(expected[metric][k], rel=1e-5)
+        values.add(tuple(expected["dice"]))
+    assert len(values) == 6                              # no two networks have the same metrics
+
+def table_of(text):
+    """A Markdown table. -> {row: {column: text}}"""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")]
+             for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+
+def test_the_table_holds_the_mean_and_std_over_runs_of_all_six_metrics(finished):
+    _, folder, result = finished
+    table = table_of((folder / "table.md").read_text())
+    networks = {"supervised": ("supervised", "student"),
+                "mean teacher (student)": ("mean_teacher", "student"),
+                "mean teacher (teacher)": ("mean_teacher", "teacher")}
+    assert result["scores"].keys() == networks.keys() <= table.keys()
+    dice = {}
+    for label, (method, model) in networks.items():
+        columns = {name.lower(): text for name, text in table[label].items()}
+        assert columns.keys() == {"dice", "miou", "accuracy", "precision", "recall",
+                                  "specificity"}
+        for metric, text in columns.items():
+            means = [np.mean([float(row[metric]) for row in read_metrics(folder)
+                              if (row["method"], row["model"]) == (method, model)
+                              and row["seed"] == seed]) for seed in ("3", "4")]
+            assert result["scores"][label][metric] == pytest.approx(means)
+            assert text == f"{np.mean(means):.2f} ({np.std(means, ddof=1):.2f})"
+            if metric == "dice":
+                dice[label] = means
+    lead = np.subtract(dice["mean teacher (teacher)"], dice["supervised"])
+    error = np.std(lead, ddof=1) / math.sqrt(2)
+    assert result["difference"] == pytest.approx((lead.mean(), error))
+    assert abs(lead.mean()) > 0.1 and error > 0.1
+    text = (folder / "table.md").read_text()
+    assert result["table"] == text
+    assert f"{lead.mean():+.2f} Dice" in text and f"standard error {error:.2f}" in text
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_processes_of_torchrun_train_every_run_exactly_once(
+        little, tmp_path, monkeypatch, world):
+    real, trained, shares, results = mt.train, [], [], []
+
+    def recorded(config, method, seed, *others, **options):
+        trained.append((method, seed))
+        return real(config, method, seed, *others, **options)
+
+    monkeypatch.setattr(mt, "train", recorded)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        before = len(trained)
+        results.append(main(*little, "--runs", 2, "--seed", 5, "--out", tmp_path))
+        shares.append(len(trained) - before)
+    assert max(shares) - min(shares) <= 1
+    assert sorted(trained) == [("mean_teacher", 5), ("mean_teacher", 6),
+                               ("supervised", 5), ("supervised", 6)]
+    assert results[:-1] == [None] * (world - 1)          # the last one reports
+    assert {len(values["dice"]) for values in results[-1]["scores"].values()} == {2}
+
+def test_one_method_alone_is_trained_and_reported(little, tmp_path):
+    for method, labels in (("supervised", {"supervised"}), ("mean_teacher", {
+            "mean teacher (student)", "mean teacher (teacher)"})):
+        result = main(*little, "--method", method, "--out", tmp_path / method)
+        assert result["scores"].keys() == labels and result["difference"] is None
+        assert [path.name for path in (tmp_path / method).glob("*.pt")] == [f"{method}-seed0.pt"]
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by the order in which they are."""
+    real, saved = Figure.savefig, []
+
+    def recorded(figure, *arguments, **options):
+        saved.append(figure)
+        return real(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    return saved
+
+def test_the_pictures_show_the_log_and_the_slices_that_differ_most_and_least(
+        finished, tmp_path, figures):
+    arguments, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    main(*arguments, "--seed", 3, "--runs", 2, "--out", tmp_path / "out")
+    curves, examples = figures
+    # Every column of every log is a line over the training step; without validation subjects
+    # there is no validation score.
+    lines = [line for axis in curves.axes for line in axis.lines]
+    found = sorted(line.get_xydata().tolist() for line in lines)
+    expected = []
+    for path in folder.glob("*-seed*.csv"):
+        rows = read_log(path)
+        for column in ("dice_loss", "consistency_loss"):
+            if column in rows[0]:
+                expected.append([[row["step"], row[column]] for row in rows])
+    assert len(found) == 6
+    assert np.allclose(found, sorted(expected))
+    # Of the examples, each row is a test slice: image, rater, and the networks' outlines
+    config, _ = mt.parse([*map(str, arguments)])
+    slices = mt.load_data(config)["test"]
+    dice = {}
+    for method, model in (("supervised", "student"), ("mean_teacher", "teacher")):
+        run = torch.load(folder / f"{method}-seed3.pt", weights_only=True)
+        dice[method] = run["metrics"][model]["dice"]
+    spread = np.abs(np.subtract(dice["supervised"], dice["mean_teacher"]))
+    assert len(set(spread)) == 3 and len(examples.axes) == 3 * 4
+    shown = []
+    for row in range(3):
+        image, rater, supervised, teacher = examples.axes[4 * row:4 * row + 4]
+        pictures = [axis.images[0].get_array() for axis in (image, rater, supervised, teacher)]
+        k, = [k for k in range(3) if np.array_equal(pictures[0], slices.images[k, 0])]
+        assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+        assert image.get_xlabel() == f"{slices.where[k][1]}, slice {slices.where[k][2]}"
+        assert f"{dice['supervised'][k]:.1f}" in supervised.get_xlabel()
+        assert f"{dice['mean_teacher'][k]:.1f}" in teacher.get_xlabel()
+        outline = np.concatenate([path.vertices for path in rater.collections[0].get_paths()])
+        columns, rows = np.nonzero(slices.masks[k, 0].numpy().T)
+        for values, places in ((outline[:, 0], columns), (outline[:, 1], rows)):
+            assert values.min() == pytest.approx(places.min() - 0.5)
+            assert values.max() == pytest.approx(places.max() + 0.5)
+        shown.append(spread[k])
+    assert shown == sorted(spread, reverse=True)
+
+def test_the_curves_show_the_validation_scores_of_the_epochs_that_have_one(
+        tmp_path, figures):
+    write_scgm(tmp_path / "data", people=(1, 2, 3, 11))
+    options = [*LITTLE, "--split", 1, 1, 1, "--epochs", 5, "--validate-every", 2]
+    main("--data", tmp_path / "data", *options, "--spacing", 0.5, "--out", tmp_path / "out")
+    lines = [line.get_xydata().tolist() for axis in figures[0].axes for line in axis.lines]
+    for method in mt.METHODS:
+        rows = read_log(tmp_path / f"out/{method}-seed0.csv")
+        for column in ("val_student", "val_teacher"):
+            if column in rows[0]:
+                points = [[row["step"], row[column]] for row in rows if row[column] >= 0]
+                assert [x for x, _ in points] == [rows[k]["step"] for k in (0, 1, 3, 4)]
+                assert any(np.allclose(points, line) for line in lines if len(line) == 4)
+
 # --- Predict -------------------------------------------------------------------------------------
 
 class Bright(nn.Module):
@@ -1428,6 +1617,97 @@ def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_pa
     assert snapshot(tmp_path) == files
     main(*whole, tmp_path / "out", "--overwrite")
     assert snapshot(tmp_path) == files                   # the same scan, the same bytes
+
+def on_the_grid(probabilities, slices, config, shape):
+    """Probabilities (N, 1, H, W) of a scan's slices in a volume of that shape, 0 elsewhere.
+
+    The volume is in RAS order, its voxels are of the config's spacing, and the crop lies within.
+    """
+    volume = np.zeros(shape)
+    left, back = (shape[0] - config.crop) // 2, (shape[1] - config.crop) // 2
+    for image, (_, _, z) in zip(probabilities, slices.where, strict=True):
+        part = image[0].flip(0).T                        # rows from the front: (X, Y)
+        volume[left:left + config.crop, back:back + config.crop, z] = part
+    return volume
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_predict_is_the_teacher_on_the_slices_of_read_scan(little, tmp_path, threshold):
+    options = ["--method", "mean_teacher", "--spacing", 0.5, "--batch", 1, "--epochs", 6,
+               "--lr", 0.02, "--alpha", 0.6, "--alpha-late", 0.6, "--threshold", threshold]
+    main(*little, *options, "--out", tmp_path / "out")
+    checkpoint = tmp_path / "out/mean_teacher-seed0.pt"
+    run = torch.load(checkpoint, weights_only=True)
+    config = mt.Config(**run["config"])
+    masks = []
+    for seed in (1, 2):
+        volume, _ = cord(seed, (40, 36, 5))
+        volume[:, :, 3] = 0                              # an empty slice, not in the middle
+        scan = bids_scan(tmp_path / f"study{seed}", volume)
+        slices = mt.read_scan(scan, config, False)
+        assert [place[2] for place in slices.where] == [0, 1, 2, 4]
+        expected = {}
+        for model in ("student", "teacher"):
+            network = network_of(config, run[model])
+            probabilities = mt.predict_probabilities(network, slices.images)
+            expected[model] = on_the_grid(probabilities, slices, config, volume.shape)
+        output = tmp_path / f"mask{seed}.nii.gz"
+        main("predict", scan.image, "--checkpoint", checkpoint, "--output", output)
+        found = nib.load(output).get_fdata()
+        assert np.array_equal(found, expected["teacher"] > threshold)
+        assert 0 < found.sum() < 4 * config.crop ** 2 and not found[:, :, 3].any()
+        # Not so the student, another threshold, or the slices from above.
+        assert not np.array_equal(found, expected["student"] > threshold)
+        assert not np.array_equal(found, expected["teacher"] > 0.8 - threshold)
+        assert not np.array_equal(found, found[:, :, ::-1])
+        masks.append(found)
+    assert not np.array_equal(*masks)
+
+def bright_checkpoint(folder, monkeypatch, level=3.3, **changes):
+    """The checkpoint of a run whose network knows structures by their brightness. -> its path"""
+    monkeypatch.setattr(mt, "build_network", lambda config: Bright(level))
+    config = short(folder, epochs=(1,), lr=1e-9, **changes)
+    mt.train(config, "supervised", 0, study())
+    return folder / "supervised-seed0.pt"
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI"])
+@pytest.mark.parametrize("shape", [
+    (37, 41, 3), (45, 35, 2), (29, 27, 3), (31, 44, 1), (16, 33, 2)])
+def test_a_structure_stays_in_place_whether_the_crop_cuts_or_pads_by_odd_numbers(
+        tmp_path, monkeypatch, shape, axes):
+    checkpoint = bright_checkpoint(tmp_path / "out", monkeypatch, crop=32, spacing=0.5)
+    volume = np.random.default_rng(0).normal(5, 1, shape)
+    x, y = shape[0] // 2 + 3, shape[1] // 2 - 5
+    volume[x:x + 4, y:y + 2, -1] = 200.0
+    scan = bids_scan(tmp_path / "study", volume, axes=axes)
+    main("predict", scan.image, "--checkpoint", checkpoint, "--output", tmp_path / "m.nii.gz")
+    mask = nib.load(tmp_path / "m.nii.gz")
+    assert np.array_equal(mask.affine, nib.load(scan.image).affine)
+    assert np.array_equal(nib.as_closest_canonical(mask).get_fdata(), volume > 150)
+
+@pytest.mark.parametrize("size", [41, 40, 27])
+def test_the_crop_of_read_scan_and_that_of_predict_are_the_same(tmp_path, size):
+    config = fast(crop=32)
+    mask = np.random.default_rng(1).random((size, size, 2)) < 0.2
+    volume = 100.0 + 100 * mask
+    scan = bids_scan(tmp_path, volume, mask)
+    slices = mt.read_scan(scan, config, True)
+    assert torch.equal(slices.images > 1, slices.masks > 0)
+    found = mt.predict_volume(nib.load(scan.image), Bright(1.0), config)
+    assert found.shape == volume.shape and found.dtype == np.float32
+    assert (found > 0.5).sum() == slices.masks.sum()
+    assert not ((found > 0.5) & ~mask).any()             # all of it is in its place
+
+def test_predict_finds_nothing_in_a_slice_without_an_image(tmp_path, monkeypatch, capsys):
+    # This network calls everything foreground, also the 0 that an empty slice is normalised to.
+    checkpoint = bright_checkpoint(tmp_path / "out", monkeypatch, level=-9.0, spacing=0.5)
+    volume = np.random.default_rng(0).normal(100, 1, (20, 20, 4))
+    volume[:, :, 0] = volume[:, :, 2] = 0
+    scan = bids_scan(tmp_path / "study", volume)
+    capsys.readouterr()
+    main("predict", scan.image, "--checkpoint", checkpoint, "--output", tmp_path / "m.nii.gz")
+    found = nib.load(tmp_path / "m.nii.gz").get_fdata()
+    assert found.sum((0, 1)).tolist() == [0, 256, 0, 256]            # the crop of 16 x 16
+    assert "foreground at the border" in capsys.readouterr().out
 
 # --- Bad input -----------------------------------------------------------------------------------
 
@@ -1607,6 +1887,125 @@ def test_the_phantom_looks_like_a_cord(number):
     for (low, high), values in zip(((1.0, 1.35), (0.6, 0.95), (6, 28), (50, 130)), zip(*found)):
         assert low < min(values) and max(values) < high, values
     assert 1.06 < np.mean(found, 0)[0] < 1.24 and 0.74 < np.mean(found, 0)[1] < 0.9
+
+@pytest.fixture(scope="session")
+def whole_phantom(tmp_path_factory):
+    """Two subjects of every site in full size, one of them with masks. -> their folder"""
+    folder = tmp_path_factory.mktemp("phantom") / "whole"
+    mt.write_phantom(folder, subjects=2)
+    return folder
+
+def read_phantom(folder, site, subject, name):
+    """A file of the phantom. -> nibabel image in RAS order, voxels (X, Y, Z) in float"""
+    image = nib.load(folder / f"site{site}-sc{subject:02d}-{name}.nii.gz")
+    return image, nib.as_closest_canonical(image).get_fdata()
+
+def grey_and_white(image, mask):
+    """Brightness of the grey and of the white voxels (X, Y) inside of the cord, 2 px off its edge.
+    """
+    cord_mask = torch.from_numpy(mask > 0).float()
+    core = (-F.max_pool2d(-cord_mask[None], 5, 1, 2))[0].numpy() > 0
+    return image[core & (mask == 1)], image[core & (mask == 2)]
+
+def brightness_agrees(image, mask):
+    """Correlation of brightness with being grey matter, over the inside of the cord."""
+    grey, white = grey_and_white(image, mask)
+    is_grey = [1] * len(grey) + [0] * len(white)
+    return np.corrcoef(np.concatenate([grey, white]), is_grey)[0, 1]
+
+@pytest.mark.parametrize("site", [1, 2, 3, 4])
+def test_the_phantoms_masks_lie_on_its_bright_grey_matter(whole_phantom, site):
+    image, voxels = read_phantom(whole_phantom, site, 1, "image")
+    assert image.get_data_dtype() == np.int16
+    slices = [z for z in range(voxels.shape[2]) if voxels[:, :, z].any()]
+    # Black slices are at both ends of site 3's volumes.
+    black = mt.SITES[site - 1].black
+    assert slices == [*range(black, voxels.shape[2] - black)]
+    pixels = round(1 / mt.SITES[site - 1].mm)            # 1 mm
+    for rater in (1, 2, 3, 4):
+        mask_image, mask = read_phantom(whole_phantom, site, 1, f"mask-r{rater}")
+        assert mask_image.get_data_dtype() == np.uint8 and set(np.unique(mask)) == {0, 1, 2}
+        assert np.array_equal(mask_image.affine, image.affine)
+        assert [z for z in range(mask.shape[2]) if mask[:, :, z].any()] == slices
+        ratios = []
+        for z in slices:
+            grey, white = grey_and_white(voxels[:, :, z], mask[:, :, z])
+            ratios.append(grey.mean() / white.mean())
+        assert 1.06 < np.mean(ratios) < 1.35
+        # Any shift by 1 mm makes it worse: so would a mask that is mirrored or turned.
+        agreement = {}
+        for shift in ((0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
+            moved = np.roll(mask, shift, (0, 1))
+            agreement[shift] = np.mean([brightness_agrees(voxels[:, :, z], moved[:, :, z])
+                                        for z in slices])
+        assert max(agreement, key=agreement.get) == (0, 0) and agreement[0, 0] > 0.4, agreement
+
+@pytest.mark.parametrize("site, unit", [(1, 200), (2, 1000), (3, 500), (4, 700)])
+def test_the_phantoms_sites_have_scales_of_their_own(whole_phantom, site, unit):
+    _, voxels = read_phantom(whole_phantom, site, 1, "image")
+    _, mask = read_phantom(whole_phantom, site, 1, "mask-r4")
+    assert voxels[mask == 2].mean() == pytest.approx(unit, rel=0.35)
+
+@pytest.mark.parametrize("site", [1, 2, 3, 4])
+def test_no_two_subjects_sites_or_raters_of_the_phantom_are_alike(whole_phantom, site):
+    masks = [read_phantom(whole_phantom, site, 1, f"mask-r{rater}")[1] for rater in (1, 2, 3, 4)]
+    for one, other in itertools.combinations(masks, 2):
+        assert 0.6 < 2 * ((one == 1) & (other == 1)).sum() / ((one == 1).sum()
+                                                              + (other == 1).sum()) < 0.97
+    one, other = (read_phantom(whole_phantom, site, subject, "image")[1] for subject in (1, 2))
+    middles = [volume[:, :, volume.shape[2] // 2] for volume in (one, other)]
+    assert np.corrcoef(*[middle.ravel() for middle in middles])[0, 1] < 0.95
+    assert not (whole_phantom / f"site{site}-sc02-mask-r4.nii.gz").exists()
+
+def test_the_phantom_has_noise_of_its_own_in_every_slice():
+    site = mt.SITES[0]._replace(size=64, slices=(4, 4))
+    image, masks = mt.phantom_subject(site, torch.Generator().manual_seed(0))
+    white = masks[3] == 2
+    slices = image.float() / site.unit
+    # What is not smooth over 3 px, in the white matter, and differs from slice to slice
+    smooth = F.avg_pool2d(slices[:, None], 3, 1, 1)[:, 0]
+    rough = slices - smooth
+    everywhere = white.all(0)
+    assert everywhere.sum() > 50
+    for one, other in itertools.combinations(rough, 2):
+        difference = (one - other)[everywhere] / 2 ** 0.5
+        assert 0.005 < difference.std() < 0.1
+
+@pytest.mark.parametrize("site, expected", [
+    # Shape, mean brightness, voxels of grey and of white matter of the fourth rater: those of the
+    # phantom that the published results were measured on
+    (1, ((100, 100, 3), 116.28, 138, 851)),
+    (2, ((100, 100, 7), 891.10, 499, 2687)),
+    (3, ((176, 176, 28), 260.36, 5507, 23411)),
+    (4, ((160, 160, 12), 738.61, 1594, 10760))])
+def test_the_phantom_is_the_published_one(whole_phantom, site, expected):
+    _, voxels = read_phantom(whole_phantom, site, 1, "image")
+    _, mask = read_phantom(whole_phantom, site, 1, "mask-r4")
+    shape, mean, grey, white = expected
+    assert voxels.shape == shape
+    assert voxels.mean() == pytest.approx(mean, rel=1e-3)
+    assert (mask == 1).sum() == pytest.approx(grey, abs=3)
+    assert (mask == 2).sum() == pytest.approx(white, abs=3)
+
+def test_the_phantom_is_written_once_into_the_users_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    real, written = mt.write_phantom, []
+
+    def tiny(folder, *arguments, **options):
+        written.append(folder)
+        real(folder, *arguments, **{**options, "sites": TINY, "subjects": 14})
+
+    monkeypatch.setattr(mt, "write_phantom", tiny)
+    config = small("", crop=32, spacing=0.5)
+    first = mt.load_data(config)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")}
+    second = mt.load_data(config)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")} == files
+    assert len(written) == 1 and {path.parent for path in files} == {Path(written[0])}
+    assert capsys.readouterr().out.count("writing the phantom") == 1
+    for name in ("train", "val", "test", "unlabelled"):
+        assert torch.equal(first[name].images, second[name].images)
+        assert len(first[name].where) > 0
 
 # --- The file as a whole -------------------------------------------------------------------------
 
