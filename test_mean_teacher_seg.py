@@ -714,17 +714,18 @@ def test_a_slice_without_contrast_is_dropped(tmp_path, value):
 @pytest.mark.parametrize("axes", ["RAS", "LPI", "ASL"])
 def test_a_bright_block_lies_where_it_was_and_has_its_mm2_on_another_grid(tmp_path, axes):
     # 20 mm x 36 mm in voxels of 0.25 x 0.75 mm. In mm from the left and the back corner, the
-    # block reaches from 5 to 9 and from 15 to 19.5: 18 mm2.
+    # block reaches from 2 to 6 and from 15 to 19.5: 18 mm2. A crop of 48 voxels, before they are
+    # resampled, would cut off half of it.
     volume = np.full((80, 48, 2), 20.0)
     mask = np.zeros(volume.shape)
-    volume[20:36, 20:26, 1] = 200.0
-    mask[20:36, 20:26, 1] = 1
+    volume[8:24, 20:26, 1] = 200.0
+    mask[8:24, 20:26, 1] = 1
     volume[0, 0, 0] = 21.0                               # some contrast in the other slice
     scan = bids_scan(tmp_path, volume, mask, mm=(0.25, 0.75, 4.0), axes=axes)
     slices = mt.read_scan(scan, fast(crop=48), True)
     # 40 columns of 0.5 mm in a crop of 48, padded by 4 on either side; 72 rows, counted from the
     # front, of which the first 12 are cut.
-    columns = slice(4 + 10, 4 + 18)
+    columns = slice(4 + 4, 4 + 12)
     rows = slice(33 - 12, 42 - 12)
     expected = torch.zeros(48, 48)
     expected[rows, columns] = 1
@@ -1360,7 +1361,7 @@ def stop_in_training(options, number, cwd):
         process.wait(timeout=60)
 
 def test_stops_at_random_moments_leave_no_trace(little, tmp_path):
-    options = [*little, "--method", "mean_teacher", "--epochs", 100, "--validate-every", 1]
+    options = [*little, "--method", "mean_teacher", "--epochs", 40, "--validate-every", 1]
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     main(*options, "--out", whole)
     for _ in range(2):
