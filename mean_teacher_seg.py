@@ -1205,9 +1205,11 @@ def make_table(scores):
     if len(scores) < 3:
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
-    error = float(np.std(pairs, ddof=1)) / math.sqrt(runs) if runs > 1 else math.nan
-    table += (f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice, standard error "
-              f"{error:.2f}, paired over {runs} run(s)\n")
+    error, text = math.nan, "one run: no standard error"
+    if runs > 1:
+        error = float(np.std(pairs, ddof=1)) / math.sqrt(runs)
+        text = f"standard error {error:.2f}, paired over {runs} runs"
+    table += f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice ({text})\n"
     return table, (float(pairs.mean()), error)
 
 
