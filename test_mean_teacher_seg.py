@@ -63,9 +63,7 @@ def phantom(tmp_path_factory):
     return folder
 
 def small(folder, out="", **changes):
-    settings = dict(data=str(folder), out=str(out), crop=32, width=4, epochs=(2,))
-    if "steps" in {field.name for field in dataclasses.fields(mt.Config)}:
-        settings["steps"] = 0                            # so that epochs count
+    settings = dict(data=str(folder), out=str(out), crop=32, width=4, epochs=(2,), steps=0)
     return dataclasses.replace(mt.DEMO, **{**settings, **changes})
 
 def step_options(**changes):
@@ -73,6 +71,9 @@ def step_options(**changes):
 
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+def correlation(one, other):
+    return np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]
 
 def vector(network):
     return flat(network.parameters())
@@ -150,6 +151,25 @@ def test_equation_2_as_printed_rewards_the_wrong_answer():
     assert (printed.diff() < 0).all() and printed[-1] < -13          # ln(1e-6) = -13.8
     assert right == sorted(right) and right == pytest.approx((-printed).tolist(), rel=1e-3)
 
+@pytest.mark.parametrize("shape", [(2, 2, 8, 8), (2, 8, 8), (1, 1, 8, 8), (2, 1, 8, 1), ()])
+@pytest.mark.parametrize("loss", ["dice", "consistency", "valid"])
+def test_a_loss_refuses_different_shapes_instead_of_broadcasting_them(loss, shape):
+    right, wrong = torch.rand(2, 1, 8, 8), torch.rand(shape)
+    with pytest.raises(ValueError, match="same shape"):
+        if loss == "dice":
+            mt.dice_loss(right, wrong)
+        elif loss == "consistency":
+            mt.consistency_loss(right, wrong)
+        else:
+            mt.consistency_loss(right, right, wrong > 0.5)
+
+def test_a_step_refuses_a_network_with_two_output_channels():
+    student, teacher, optimizer = networks(student=nn.Conv2d(1, 2, 3, padding=1))
+    before = vector(student)
+    with pytest.raises(ValueError, match=r"same shape.*\(2, 2, 16, 16\)"):
+        mt.train_step(student, teacher, optimizer, *batch(), 0)
+    assert torch.equal(vector(student), before)
+
 # --- Delayed augmentation ------------------------------------------------------------------------
 
 def naive_warp(picture, matrix):
@@ -221,11 +241,29 @@ def test_delayed_targets_lie_on_the_students_grid_wherever_it_is_inside(channels
     for k in range(2):
         assert np.array_equal(inside[k, 0], naive_warp(np.ones((32, 32)), phi[k].numpy()) > 0.999)
 
+def neighbour_correlation(noise):
+    """Correlation of a pixel with the one to its right, and with the one below it."""
+    across = correlation(noise[:, :, :, 1:], noise[:, :, :, :-1])
+    down = correlation(noise[:, :, 1:], noise[:, :, :-1])
+    return across, down
+
+@pytest.mark.parametrize("std", [0.1, 0.2])
+def test_the_students_noise_is_added_after_the_warp_and_not_interpolated(std):
+    # Interpolated noise would have two thirds of this std, and neighbours would be correlated.
+    images = torch.zeros(4, 2, 64, 64)
+    phi = mt.sample_affine(4, 20.0, translation=3.0, scale=0.1)
+    noise, _ = mt.augment(images, phi, std)
+    assert noise.std().item() == pytest.approx(std, rel=0.03)
+    assert np.abs(neighbour_correlation(noise)).max() < 0.04
+    # The same noise is interpolated if it is in the images already.
+    interpolated = mt.warp(std * torch.randn_like(images), phi)[:, :, 16:48, 16:48]
+    assert interpolated.std() < 0.8 * std
+
 # --- Teacher and ramps ---------------------------------------------------------------------------
 
 def test_the_teacher_starts_as_a_copy_without_gradient_and_becomes_its_closed_form():
     torch.manual_seed(0)
-    student = mt.UNet(4).eval()
+    student = mt.UNet(4)
     teacher, alpha, mean = mt.make_teacher(student), 0.9, 0
     pairs = list(zip(student.state_dict().values(), teacher.state_dict().values(), strict=True))
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
@@ -239,6 +277,33 @@ def test_the_teacher_starts_as_a_copy_without_gradient_and_becomes_its_closed_fo
     # theta'_7 = alpha^7 theta'_0 + (1 - alpha) sum_k alpha^(7-k) theta_k
     assert torch.allclose(vector(teacher), alpha ** 7 * first + mean, atol=1e-6)
     assert torch.equal(vector(student), weights[-1])
+
+def frozen_network():
+    """A network in train mode, one BatchNorm layer of which is frozen in eval mode."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                            nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
+    network(3 * torch.randn(4, 1, 16, 16) + 2)           # running statistics of its own
+    network[1].eval()
+    return network
+
+def modes(network):
+    return [module.training for module in network.modules()]
+
+def test_the_teacher_copies_the_mode_of_every_layer_and_so_the_output():
+    student, x = frozen_network(), torch.randn(2, 1, 16, 16)
+    teacher = mt.make_teacher(student)
+    assert modes(teacher) == modes(student) == [True, True, False, True, True, True]
+    assert torch.equal(teacher(x), student(x))
+    assert modes(mt.make_teacher(student.eval())) == [False] * 6
+
+def test_a_frozen_layer_stays_frozen_in_student_and_teacher_during_training():
+    student, teacher, optimizer = networks(student=frozen_network())
+    frozen, other = student[1].running_mean.clone(), student[3].running_mean.clone()
+    for step in range(2):
+        mt.train_step(student, teacher, optimizer, *batch(), step)
+    for network in (student, teacher):
+        assert torch.equal(network[1].running_mean, frozen)
+        assert not torch.equal(network[3].running_mean, other)
 
 def test_ramps_at_known_epochs():
     assert mt.ramp_up(50, 100) == pytest.approx(math.exp(-1.25))
@@ -317,15 +382,18 @@ def test_a_network_in_eval_mode_is_refused(asleep):
 def naive_step(student, teacher, moments, images, masks, unlabelled, step, weight, alpha, lr,
                decay, degrees, noise):
     """Algorithm 1 for one batch; the random draws in the order of train_step. -> three losses."""
-    parts = [images, unlabelled]
-    # Scale and two translations are 0 here, but drawn.
-    angles = [[torch.empty(len(part)).uniform_(-limit, limit) for limit in (degrees, 0, 0, 0)][0]
-              for part in parts]
-    one, other = (torch.cat([torch.randn_like(part) for part in parts]).numpy() for _ in range(2))
+    parts, angles, one, other = [images, unlabelled], [], [], []
+    for part in parts:
+        angles.append(torch.empty(len(part)).uniform_(-degrees, degrees))
+        for _ in range(3):                               # scale and translations are 0, but drawn
+            torch.empty(len(part)).uniform_()
+        one.append(torch.randn_like(part))
+        other.append(torch.randn_like(part))
     angles = np.radians(torch.cat(angles).numpy())
+    one, other = torch.cat(one).numpy(), torch.cat(other).numpy()
     phi = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0]]) for a in angles]
     x, n = torch.cat(parts).numpy().astype(float), len(phi)
-    shown = np.stack([naive_warp((x + noise * one)[b, 0], phi[b]) for b in range(n)])
+    shown = np.stack([naive_warp(x[b, 0], phi[b]) + noise * one[b, 0] for b in range(n)])
     y = [naive_warp(masks[b, 0].numpy(), phi[b]) >= 0.5 for b in range(len(masks))]
 
     def passes(network, x):                              # labelled and unlabelled apart
@@ -376,7 +444,8 @@ def test_twenty_steps_of_a_second_naive_implementation_give_the_same_losses():
     for step in range(20):
         losses = mt.train_step(student, teacher, optimizer, *slices, step, weight, alpha,
                                (degrees, 0.0, 0.0), noise)
-        curves[0].append([losses[name].item() for name in ("loss", "dice", "consistency")])
+        curves[0].append([losses[name].item() for name in ("loss", "dice_loss",
+                                                              "consistency_loss")])
     torch.manual_seed(9)
     for step in range(20):
         curves[1].append(naive_step(*twins, moments, *slices, step, weight, alpha, lr, decay,
@@ -399,7 +468,12 @@ def test_what_student_and_teacher_are_shown(augmentation, amp):
     torch.manual_seed(3)
     mt.train_step(student, teacher, optimizer, x[:1], masks, x[1:], 0, **options)
     torch.manual_seed(3)
-    warped = mt.warp(x, torch.cat([mt.sample_affine(1, 20), mt.sample_affine(2, 20)]))
+    phi = []
+    for n in (1, 2):
+        phi.append(mt.sample_affine(n, 20))
+        for _ in range(2):                               # the noise of student and teacher
+            torch.randn(n, 3, 32, 32)
+    warped = mt.warp(x, torch.cat(phi))
     assert [len(x) for x in student.seen] == [len(x) for x in teacher.seen] == [1, 2]
     assert torch.allclose(torch.cat(student.seen), warped, atol=1e-6)
     expected = x if augmentation == "delayed" else warped
@@ -422,7 +496,7 @@ def test_one_batch_can_be_overfitted(semi):
     for step in range(60):
         losses = mt.train_step(student, teacher if semi else None, optimizer, images[:2], masks,
                                images[2:], step, weight=0.5, alpha=0.9)
-    assert losses["dice"] < -0.85
+    assert losses["dice_loss"] < -0.85
 
 # --- Data ----------------------------------------------------------------------------------------
 
@@ -754,9 +828,6 @@ def test_image_and_mask_are_aligned_to_the_pixel_with_empty_slices_in_between(tm
         expected = expected.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         assert torch.equal(found[0], expected)
         assert torch.equal((image[0] > image.max() / 2).float(), expected)
-
-def correlation(one, other):
-    return np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]
 
 def test_slices_are_resampled_linearly_between_the_centres_of_voxels(tmp_path):
     # From 0.5 to 0.2 mm: each pixel's centre lies between those of two voxels.
