@@ -7,7 +7,7 @@ learns from a few slices with masks. The weights of the teacher f(theta') are th
 moving average of the student's. On every slice the student is trained to agree with the teacher.
 
     Algorithm 1, as section 6 of this file implements it
-     1  for each mini-batch of slices x, the first of them with masks y
+     1  for each mini-batch of slices x, the labelled ones with masks y
      2      draw phi, a small affine transformation for every slice
      3      z  = f(theta, g(x; phi) + noise)          student: transformed BEFORE its forward pass
      4      z~ = g(f(theta', x + other noise); phi)   teacher: the same phi AFTER it, "delayed"
@@ -21,8 +21,8 @@ moving average of the student's. On every slice the student is trained to agree 
 New here? Read sections 3 to 6 first: they are the method, and need only copy, math and torch.
 
     python mean_teacher_seg.py                    demo on a synthetic phantom, minutes on a CPU
-    python mean_teacher_seg.py --data DIR         your scans, with the paper's settings: a GPU
-    python mean_teacher_seg.py --data DIR --preset demo         the same, small enough for a CPU
+    python mean_teacher_seg.py --data DIR         your scans, the paper's settings; needs a GPU
+    python mean_teacher_seg.py --data DIR --preset demo         your scans, small enough for a CPU
     python mean_teacher_seg.py --help             all settings are options
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
@@ -32,7 +32,7 @@ New here? Read sections 3 to 6 first: they are the method, and need only copy, m
 
 The paper: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
 6 training step. The rest: 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
-12 phantom, 13 command line. "Section 4" is one of this file, "paper, section 2.1" the paper's.
+12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper.
 """
 import argparse
 import collections
@@ -77,7 +77,7 @@ def option(default, help_text, least=0, most=1e9, choices=None):
 class Config:
     """The paper's experiment. dataclasses.replace() makes a variant of it."""
     # What to run
-    data: str = option("", "folder of scans: SCGM, BIDS or Decathlon layout; empty: the phantom")
+    data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; none: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
     method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
@@ -87,52 +87,52 @@ class Config:
     spacing: float = option(0.25, "in-plane pixel size after resampling, mm", 0.02)
     crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 8, 2048)
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)", 1, 255)
-    rater: str = option("4", "SCGM: whose masks (authors)", choices=["1", "2", "3", "4"])
-    contrast: tuple = option(("T2star", "T2starw"), "BIDS: suffixes of the images (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks are IMAGE_ + one of them (here)")
+    rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
+    contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one (here)")
     split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
     split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
     train: tuple = option((), "training subjects by name, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name")
-    unlabelled: tuple = option((), "unlabelled subjects by name; empty: all that are left")
+    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all without a mask")
     # Network
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
     # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
-    epochs: tuple = option((1600, 350), "epochs: passes over the labelled slices, or --steps", 1)
-    steps: int = option(0, "steps in all, shared equally by the epochs; 0: as the data give")
+    epochs: tuple = option((1600, 350), "number of epochs", 1)
+    steps: int = option(0, "training steps, split evenly over the epochs; 0: an epoch is a pass")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
-    unlabelled_batch: int = option(8, "unlabelled slices beside them (authors); 0: none")
-    lr: float = option(6e-4, "eta, Adam's highest learning rate", 1e-9)
+    unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
+    lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
     lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
-    # Dice is a ratio over the F foreground pixels, the consistency a mean over all N pixels:
-    # relative to the Dice loss, the consistency gradient per pixel scales with w F / N. F / N is
-    # 0.4 % in the paper. With a larger share of foreground, 2.9 is a stronger pull: tune w.
+    # Per pixel, the Dice gradient is about 1 / (foreground pixels), the consistency gradient w /
+    # (all pixels). So relative to the Dice loss, w is stronger where the share of foreground is
+    # larger. It is 0.4 % in the paper; for other data, tune w on validation subjects.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
-    consistency_ramp: int = option(100, "epochs of that ramp-up")
+    consistency_ramp: int = option(100, "epochs of the ramp-up of w")
     alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
-    alpha_epochs: int = option(50, "epochs with the first of the two")
+    alpha_epochs: int = option(50, "epochs that use --alpha, then --alpha-late")
     consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
     augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
                                choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; no "
-                               "help (paper, section 2)", 0, 1)
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
+                               "not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of the added noise; the paper's N(0, 0.01) as variance")
+    noise: float = option(0.1, "std of added Gaussian noise; the paper's N(0, 0.01) as variance")
     # Evaluation
     threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
     validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
 
 
 # DEMO is small enough for two CPU cores. It was tuned for the supervised network, on validation
-# subjects, and then kept for both methods (README.md). All other values are the paper's.
+# subjects, and then kept for both methods (README.md). All other values are Config's.
 DEMO = dataclasses.replace(
     Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
     width=8, dropout=0.0,
@@ -232,8 +232,8 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
     # Eq. 2 prints "-y log p + (1-y) log(1-p)". That has no minimum: at y = 0 it is log(1-p), which
     # falls without bound as p goes to 1, and p = 1 is what the teacher calls wrong.
     # The value has a floor: at p = y it is the teacher's entropy, not 0. Where the teacher says
-    # 0.5, a pixel costs 0.693 (ln 2) however well the student agrees. The gradient with respect
-    # to the logit is p - y and does vanish there.
+    # 0.5, a pixel costs at least 0.693 (ln 2), even if the student agrees. The gradient with
+    # respect to the logit is p - y and does vanish there.
     y = teacher_probabilities.float()
     distance = F.binary_cross_entropy_with_logits(student_logits.float(), y, reduction="none")
     if valid is None:
@@ -256,8 +256,8 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     """Draw n random affine transformations phi, uniform in the given ranges.
 
     degrees: rotation in +- degrees; translation: +- px along both axes; scale: 1 +- scale.
-    -> phi (n, 2, 3) float32, from a pixel of the result (px right of and below the image's centre)
-    to the place that its value is taken from. Source: paper, sections 2.1 and 3.1.
+    -> phi (n, 2, 3) float32. It maps coordinates in the result (x to the right, y down, px from
+    the image's centre) to coordinates in the input. Source: paper, sections 2.1 and 3.1.
     """
     def uniform(limit):
         return torch.empty(n, device=device).uniform_(-limit, limit)
@@ -276,7 +276,7 @@ def warp(images, phi):
     Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Source: paper, section 2.1.
     """
     height, width = images.shape[-2:]
-    # affine_grid counts from -1 to 1 along each side, whatever its length. Convert px to that;
+    # affine_grid uses coordinates from -1 to 1 along each side, whatever its length. Convert px;
     # without it, a rotation would shear an image that is not square.
     matrix = phi.clone()
     matrix[:, 0, 1] *= height / width
@@ -353,10 +353,10 @@ def ramp_up(epoch, length):
 
 
 def learning_rate_factor(epoch, epochs, ramp):
-    """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 at the last one.
+    """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 in the last one.
 
-    epoch: counted from 1. -> float in [0, 1], a factor of eta. In the last epoch it is 0, so only
-    the teacher changes. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch it is 0, so of all
+    weights only the teacher's change. Source: paper, section 3.1.
     """
     if epoch <= ramp:
         return ramp_up(epoch, ramp)
@@ -380,30 +380,30 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both, also after every evaluation")
-    logits, targets, inside = [], [], []
+    logits, targets, valid = [], [], []
     # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
     # In one pass, BatchNorm would mix both, and the unlabelled slices would change the supervised
-    # gradient even at w = 0. Separately, w = 0 IS the supervised step. (Only the running
-    # statistics, which evaluation uses, see both kinds of slices.)
+    # gradient even at w = 0. Separately, w = 0 IS the supervised step, given the same random
+    # draws. (Only the running statistics, which evaluation uses, see both kinds of slices.)
     for part, x in (("labelled", images), ("unlabelled", unlabelled)):
         if part == "unlabelled" and (teacher is None or len(x) == 0):
             continue
         phi = sample_affine(len(x), *affine, device=x.device)                         # line 2
-        view, valid = augment(x, phi, noise)
-        inside.append(valid)
+        view, inside = augment(x, phi, noise)
+        valid.append(inside)
         if part == "labelled":
             warped_masks = (warp(masks, phi) >= 0.5).float()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             if teacher is not None:
                 targets.append(targets_of(teacher, x, phi, noise))                    # line 4
             logits.append(student(view))                                              # line 3
-    loss = dice = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)           # line 5
-    disagreement = torch.zeros_like(dice)
+    loss = segmentation = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)   # line 5
+    disagreement = torch.zeros_like(loss)
     if teacher is not None:
         # Pixels from outside the image have no target and are ignored. (The Dice loss does not
         # need this: there the mask is 0, and the student soon predicts 0.)
-        disagreement = consistency(torch.cat(logits), torch.cat(targets), torch.cat(inside))
-        loss = dice + weight * disagreement                                           # lines 6, 7
+        disagreement = consistency(torch.cat(logits), torch.cat(targets), torch.cat(valid))
+        loss = segmentation + weight * disagreement                                   # lines 6, 7
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()                                                                  # line 8
@@ -414,7 +414,7 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
         # some 100 steps. The switch to 0.999 at epoch 51 is gradual in the same way: with the
         # paper's 10 steps per epoch, alpha is 0.998 by then and reaches 0.999 only at step 999.
         update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))              # line 10
-    return {"loss": loss.detach(), "dice_loss": dice.detach(),
+    return {"loss": loss.detach(), "dice_loss": segmentation.detach(),
             "consistency_loss": disagreement.detach()}
 
 
@@ -437,14 +437,14 @@ class Scan(NamedTuple):
     subject: str                                         # "site1-sc01"; BIDS: "sub-9709Ses1"
     name: str                                            # as subject; BIDS: "sub-9709Ses1_run-1"
     image: Path
-    masks: dict                                          # rater -> file; {ANY: file}; {}
+    masks: dict                                          # rater or ANY -> file; {}: unlabelled
 
     @property
     def individual(self):
         return re.sub(r"Ses\d+$", "", self.subject)      # sub-9709Ses1 and Ses2: one individual
 
 
-ANY = "any"                                              # the rater, where masks do not name one
+ANY = "any"                                              # rater of masks that name none
 
 
 class Slices(NamedTuple):
@@ -456,7 +456,7 @@ class Slices(NamedTuple):
 def find_files(folder, pattern):
     """Files below a folder that match a glob pattern. -> sorted list of Path
 
-    glob.glob enters linked folders and skips hidden files. Broken links are listed, so that
+    glob.glob follows links to folders and skips hidden files. Broken links are listed, so that
     reading them reports their names.
     """
     paths = [Path(folder, name) for name in glob.glob(pattern, root_dir=folder, recursive=True)]
@@ -475,7 +475,7 @@ def find_scgm(folder):
                 rater = mask.name.removesuffix(".nii.gz")[-1]
                 scan.masks[rater] = mask
             if not scan.masks:
-                print(f"warning: {image}: has no {name}-mask-r*; it is unlabelled")
+                print(f"warning: {image}: no {name}-mask-r* found; used as unlabelled")
         scans.append(scan)
     return scans
 
@@ -535,9 +535,9 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name):
     folder = Path(folder)
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of your scans to --data")
     scans = find_scgm(folder) + find_bids(folder, contrasts, mask_names) + find_decathlon(folder)
-    suffixes = " or ".join(contrasts)
-    require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, sub-*/**/anat/*_ "
-                   f"{suffixes} .nii.gz (see --contrast) or imagesTr/*.nii.gz below it")
+    require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, "
+                   f"sub-*/**/anat/*_CONTRAST.nii.gz with CONTRAST {' or '.join(contrasts)} (see "
+                   "--contrast), or imagesTr/*.nii.gz below it")
     return scans
 
 
@@ -549,8 +549,8 @@ def draw_subjects(scans, config):
         labelled = [scan for scan in scans if scan.masks and scan.site == site]
         individuals = sorted({scan.individual for scan in labelled})
         require(len(individuals) >= sum(config.split),
-                f"{config.data}: {len(individuals)} subjects with masks in {site or 'all'}, too "
-                f"few for --split {config.split}; lower it")
+                f"{len(individuals)} subjects with masks in {site or config.data}, too few for "
+                f"--split {config.split}; lower it")
         order = list(generator.permutation(individuals))
         # Test subjects are drawn first, so that they do not depend on the number to train with.
         for name, count in zip(chosen, reversed(config.split)):
@@ -562,17 +562,18 @@ def draw_subjects(scans, config):
 def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
-    By --train, --val and --test if given, else a random --split of the subjects of each site. No
-    individual is in two of these sets. Unlabelled are the scans of --unlabelled (any subjects,
-    further scans of test subjects too) or, by default, all other scans of individuals that are
-    not in the validation or test set; under a random split, only those without a mask.
+    The first three are those named by --train, --val and --test or, without these options, a
+    random --split of the subjects of each site. No individual is in two of them. Unlabelled are
+    the remaining scans of the subjects named by --unlabelled, whoever these are. By default they
+    are the remaining scans of all individuals that are not in the validation or test set; under a
+    random split, only scans without a mask.
     """
     labelled = [scan for scan in scans if scan.masks]
     names = {name: set(getattr(config, name)) for name in ("train", "val", "test", "unlabelled")}
     for name, subjects in names.items():
         known = {scan.subject for scan in (scans if name == "unlabelled" else labelled)}
-        require(subjects <= known, f"--{name}: no subject {' '.join(sorted(subjects - known))} in "
-                                   f"{config.data}, or it has no mask")
+        require(subjects <= known, f"--{name}: no subject {' '.join(sorted(subjects - known))} "
+                                   f"{'found' if name == 'unlabelled' else 'with a mask found'}")
     by_name = bool(names["train"] | names["val"] | names["test"])
     if by_name:
         require(config.train and config.test, "--train and --test must both be given")
@@ -585,8 +586,7 @@ def split_scans(scans, config):
         individuals[name] = {scan.individual for scan in sets[name]}
     for one, other in itertools.combinations(sets, 2):
         both = individuals[one] & individuals[other]
-        require(not both, f"{config.data}: {' '.join(sorted(both))} is in --{one} and in "
-                          f"--{other}; choose one")
+        require(not both, f"{' '.join(sorted(both))} is in --{one} and in --{other}; choose one")
     used = sets["train"] + sets["val"] + sets["test"]
     unused = [scan for scan in scans if scan not in used]
     if config.unlabelled:
@@ -598,27 +598,34 @@ def split_scans(scans, config):
     return sets
 
 
-def load_nifti(path):
-    """Read a 3-D NIfTI and check it. -> nibabel image in memory, float32; InputError if unfit."""
+def load_nifti(path, spacing):
+    """Read a 3-D NIfTI and check it. -> nibabel image in memory, float32
+
+    InputError if it cannot be used, also if its slices would be too large at `spacing` mm.
+    """
     try:
         with nib.imageglobals.ErrorLevel(30):            # report voxel sizes <= 0, do not repair
             image = nib.load(path)
-        require(isinstance(image, nib.Nifti1Image), "is not a NIfTI file; convert it")
+        require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
         image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
-        dtype, unit = image.get_data_dtype(), image.header.get_xyzt_units()[0]
-        mm = [float(size) for size in nib.affines.voxel_sizes(image.affine)]
-        sizes = mm + [float(size) for size in image.header.get_zooms()]
-        require(dtype.kind in "biuf", f"has {dtype} voxels, expected one real number each; "
-                                      "convert it (complex: take the magnitude)")
-        require(len(image.shape) == 3, f"has {len(image.shape)} dimensions, expected 3; split it")
-        require(0 < math.prod(image.shape) <= 2 ** 30,
-                f"has {' x '.join(map(str, image.shape))} voxels, expected 1 to 2^30; crop it")
-        require(unit in ("mm", "unknown"), f"has voxel sizes in {unit}, expected mm; convert it")
+        shape, unit = image.shape, image.header.get_xyzt_units()[0]
+        dtype = image.get_data_dtype()
+        require(dtype.kind in "biuf", f"{dtype} voxels, expected one real number each; convert it "
+                                      "(complex: take the magnitude)")
+        require(len(shape) == 3, f"{len(shape)} dimensions, expected 3; save one volume of it")
+        require(0 < math.prod(shape) <= 2 ** 30,
+                f"{' x '.join(map(str, shape))} voxels, expected 1 to 2^30; crop it")
+        require(unit in ("mm", "unknown"), f"voxel sizes in {unit}, expected mm; convert it")
+        sizes = [*nib.affines.voxel_sizes(image.affine), *image.header.get_zooms()]
         require(min(sizes) > 0.01 and max(sizes) < 100
                 and np.isfinite(nib.io_orientation(image.affine)).all(),     # NaN: singular
-                f"has voxels of {mm} mm or an affine that make no sense; correct its header")
+                f"implausible voxel sizes {[round(float(mm), 3) for mm in sizes]} mm, or a "
+                "singular affine; correct its header")
+        side = max(shape) * max(sizes) / spacing
+        require(side <= 2 ** 13, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
+                                 "8192 at most; check --spacing and the voxel sizes")
         volume = image.get_fdata(dtype=np.float32)
-        require(np.isfinite(volume).all(), "has NaN or infinite voxels; replace them")
+        require(np.isfinite(volume).all(), "NaN or infinite voxels; replace them")
         return nib.Nifti1Image(volume, image.affine, image.header)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -634,16 +641,16 @@ def canonical(image):
 
 
 def read_mask(scan, config, image):
-    """The foreground of a scan. -> nibabel image in {0, 1}, voxel by voxel as the scan's image.
+    """The foreground of a scan. -> nibabel image in {0, 1}, on the voxel grid of the scan's image.
 
-    InputError if the mask is not on the image's grid or has values other than whole numbers from 0
-    to 255. A quarter of a voxel at the worst corner is allowed: published masks differ from their
-    images in the header's fourth decimal.
+    InputError if the mask is on another grid or has values other than whole numbers from 0 to 255.
+    A corner may be off by a quarter of a voxel: published masks differ from their images in the
+    header's fourth decimal.
     """
     rater = ANY if ANY in scan.masks else config.rater
     require(rater in scan.masks, f"{scan.image}: no mask of rater {rater}; choose another --rater")
     path = scan.masks[rater]
-    mask = load_nifti(path)
+    mask = load_nifti(path, config.spacing)
     # Store the mask along the image's own axes. Turning each to RAS by its own affine would fail
     # near 45 degrees, where a rounding error decides which axis is closest.
     to_image = np.linalg.inv(image.affine)
@@ -653,7 +660,7 @@ def read_mask(scan, config, image):
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
             f"{path}: is not on the grid of its image, {image.shape}; resample it")
     values = mask.get_fdata(dtype=np.float32)
-    rounded = np.rint(values)                            # files that were saved again can be off
+    rounded = np.rint(values)                            # re-saved files can have rounding errors
     bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
     require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].tolist()}, expected "
                            "whole numbers from 0 to 255; threshold or convert it")
@@ -674,12 +681,9 @@ def center_crop(slices, height, width):
 
 
 def resampled_size(volume, voxel_mm, spacing):
-    """Height and width of an axial slice of (X, Y, Z) after resampling to `spacing` mm, px."""
+    """Height and width in px of an axial slice of (X, Y, Z), resampled to `spacing` mm."""
     height = max(1, round(float(volume.shape[1] * voxel_mm[1] / spacing)))
     width = max(1, round(float(volume.shape[0] * voxel_mm[0] / spacing)))
-    require(height * width <= 2 ** 26,
-            f"voxels of {voxel_mm[0]:g} x {voxel_mm[1]:g} mm, resampled to {spacing} mm, give "
-            f"{height} x {width} px, more than 2^26; check --spacing and the voxel size")
     return height, width
 
 
@@ -721,13 +725,11 @@ def read_images(image, config):
 def read_scan(scan, config, labelled):
     """The slices of one scan -> Slices. The masks of an unlabelled scan are not even opened.
 
-    Slices without contrast are dropped and, in a labelled scan, those without foreground.
+    Slices without contrast are dropped and, in a labelled scan, those without foreground: the
+    paper's counts of slices fit that.
     """
-    image = load_nifti(scan.image)
-    try:
-        images = read_images(image, config)
-    except InputError as error:
-        raise InputError(f"{scan.image}: {error}") from None
+    image = load_nifti(scan.image, config.spacing)
+    images = read_images(image, config)
     keep = images.flatten(1).any(1)
     masks = images[:0]
     if labelled:
@@ -738,8 +740,8 @@ def read_scan(scan, config, labelled):
         keep &= masks.flatten(1).any(1)
         masks = masks[keep]
     if not keep.any():
-        print(f"warning: {scan.image}: is not used: no slice has contrast inside the crop"
-              + f" and a voxel of --label {config.label} in its mask" * labelled)
+        print(f"warning: {scan.image}: not used: inside the crop, no slice has contrast" +
+              (f" and a voxel of --label {config.label} in its mask" if labelled else ""))
     where = [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
     return Slices(images[keep], masks, where)
 
@@ -760,6 +762,7 @@ def load_data(config, device="cpu"):
     if not config.data and not folder.exists():
         write_phantom(folder)
     scans = find_scans(folder, config.contrast, config.mask_name)
+    print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
     nothing = torch.zeros(0, 1, config.crop, config.crop)
     data, faults = {}, []
     for name, members in split_scans(scans, config).items():
@@ -777,7 +780,7 @@ def load_data(config, device="cpu"):
         print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
     require(data["train"].where and data["test"].where,
-            f"{folder}: no foreground in any training or any test slice; check --crop and --label")
+            f"{folder}: no foreground in the training or test set; check --crop and --label")
     return data
 
 
@@ -812,7 +815,7 @@ def predict_probabilities(model, images, batch=32):
     probabilities = []
     for part in images.split(batch):
         probabilities.append(torch.sigmoid(model(part).float()))
-    for module, mode in modes.items():                   # train() would wake up frozen layers
+    for module, mode in modes.items():                   # train() would unfreeze frozen layers
         module.training = mode
     return torch.cat(probabilities)
 
@@ -832,9 +835,9 @@ def build_network(config):
 
 
 def build(config, method, device):
-    """What is trained. -> student, teacher (None for the supervised baseline), optimiser"""
-    # Tensor cores need channels-last memory, and a CPU is 1.1 to 1.4 times as fast with it. On
-    # MPS, BatchNorm computes wrong values from it (PyTorch issues 175189 and 188371).
+    """Build student, teacher (None for the supervised baseline) and optimiser."""
+    # Tensor cores are fastest with channels-last memory, and a CPU is 1.1 to 1.4 times as fast.
+    # On MPS, BatchNorm computes wrong values from it (PyTorch issues 175189 and 188371).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     student = build_network(config).to(device, memory_format=layout)
     teacher = make_teacher(student) if method == "mean_teacher" else None
@@ -847,7 +850,7 @@ def build(config, method, device):
 
 @torch.no_grad()
 def same_input_targets(teacher, images, phi, noise):
-    """For --augmentation same: the teacher too sees a warped slice, and nothing is delayed."""
+    """For --augmentation same: the teacher also sees a warped slice, and nothing is delayed."""
     warped = warp(images, phi)
     return torch.sigmoid(teacher(warped + noise * torch.randn_like(images)).float())
 
@@ -886,7 +889,7 @@ def batch_sizes(config, method, data):
 
 
 def shuffled(n, count, device):
-    """`count` indices below n: all in random order, then all again in another one, and so on."""
+    """The first `count` indices of consecutive random permutations of range(n)."""
     orders = [torch.randperm(n, device=device) for _ in range(math.ceil(count / n))]
     return torch.cat(orders)[:count]
 
@@ -927,30 +930,26 @@ def train(config, method, seed, data):
           f"{n_unlabelled} unlabelled slices per step, on {device.type}")
     warn_of_short_ramps(config, epochs, semi)
     print(" epoch    step   Dice loss   consistency   val. Dice: student   teacher   minutes left")
-    # Reseeding at every epoch means that a checkpoint needs no RNG state.
-    torch.manual_seed(1_000_000 * seed)
+    torch.manual_seed(1_000_000 * seed)                  # weights
     student, teacher, optimizer = build(config, method, device)
     models = {"student": student, "teacher": teacher} if semi else {"student": student}
     options = step_options(config, device)
     path = Path(config.out, f"{method}-seed{seed}.pt")
     checkpoint = {"config": vars(config), "method": method, "seed": seed, "history": []}
     if path.exists():
-        checkpoint = load_checkpoint(path)
-        require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
-                f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
-        for name, model in models.items():
-            model.load_state_dict(checkpoint[name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        checkpoint = resume(path, method, seed, models, optimizer)
     history = checkpoint["history"]
     start, first_epoch = time.perf_counter(), len(history) + 1
 
     for epoch in range(first_epoch, epochs + 1):
+        # Reseeding at every epoch means that a checkpoint needs no RNG state.
         torch.manual_seed(1_000_000 * seed + epoch)      # batches, phi, noise, Dropout
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         optimizer.param_groups[0]["lr"] = lr
         weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp)
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
 
+        # This epoch's share of the steps; without --steps, one pass over the labelled slices
         step, last_step = steps * (epoch - 1) // epochs, steps * epoch // epochs
         dice_losses, consistency_losses = [], []
         for x, y, u in batches(data, last_step - step, n_labelled, n_unlabelled):
@@ -969,8 +968,9 @@ def train(config, method, seed, data):
         history.append(row)
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             for name, model in models.items():
-                val_dice = evaluate(model, data["val"], config)["dice"]
-                row[f"val_{name}"] = torch.tensor(val_dice).mean().item()        # empty: NaN
+                if data["val"].where:
+                    val_dice = evaluate(model, data["val"], config)["dice"]
+                    row[f"val_{name}"] = float(np.mean(val_dice))
                 checkpoint[name] = model.state_dict()
             if epoch == epochs:
                 checkpoint["metrics"] = {name: evaluate(model, data["test"], config)
@@ -983,14 +983,26 @@ def train(config, method, seed, data):
     return checkpoint
 
 
+def resume(path, method, seed, models, optimizer):
+    """Give networks and optimiser the state that train() saved. -> checkpoint"""
+    checkpoint = load_checkpoint(path)
+    require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
+            f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
+    for name, model in models.items():
+        model.load_state_dict(checkpoint[name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint
+
+
 def warn_of_short_ramps(config, epochs, semi):
-    """Say what is reached if the training ends within a ramp."""
-    if epochs < config.lr_ramp or semi and epochs < config.consistency_ramp:
-        lr = config.lr * ramp_up(epochs, config.lr_ramp)
-        weight = config.consistency_weight * ramp_up(epochs, config.consistency_ramp)
-        print(f"warning: {epochs} epochs end within a ramp: the learning rate reaches {lr:.2g} of "
-              f"{config.lr:g}, w {weight:.2g} of {config.consistency_weight:g}; see --lr-ramp and "
-              "--consistency-ramp")
+    """Warn if the training ends before a ramp-up is complete, with the value that is reached."""
+    ramps = [("learning rate", config.lr, config.lr_ramp)]
+    if semi:
+        ramps.append(("weight w", config.consistency_weight, config.consistency_ramp))
+    for name, full, length in ramps:
+        if epochs < length:
+            print(f"warning: {epochs} epochs end before the ramp-up of {length} epochs: the "
+                  f"{name} reaches {full * ramp_up(epochs, length):.2g} instead of {full:g}")
 
 
 def print_progress(row, seconds):
@@ -1002,7 +1014,7 @@ def print_progress(row, seconds):
 
 
 def save(path, write):
-    """Let write(file) fill a file that takes its name, or replaces another, only when complete."""
+    """Write a file atomically: write(file) fills a temporary file, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps apart two processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -1026,14 +1038,15 @@ def save_csv(path, rows):
 
 
 def load_checkpoint(path):
-    """Read what train() saved; no code in it is run. -> dict; InputError if it is not such."""
+    """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        network, weights = build_network(Config(**checkpoint["config"])), checkpoint["student"]
+        config, weights = Config(**checkpoint["config"]), checkpoint["student"]
         require({"method", "seed", "history"} <= checkpoint.keys(), "parts are missing")
     except Exception as error:                           # unpickling raises almost anything
-        raise InputError(f"{path}: is not a checkpoint of this version ({type(error).__name__}: "
+        raise InputError(f"{path}: not a checkpoint of this version ({type(error).__name__}: "
                          f"{error}); give another file") from error
+    network = build_network(config)
     try:
         network.load_state_dict(weights)
     except Exception as error:
@@ -1055,7 +1068,7 @@ METHODS = ("supervised", "mean_teacher")
 LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
-COLORS = {"rater": "#009e73", "supervised": "#d55e00",   # Okabe and Ito: for all colour vision
+COLORS = {"rater": "#009e73", "supervised": "#d55e00",   # Okabe-Ito palette: safe for all eyes
           "mean teacher (student)": "#56b4e9", "mean teacher (teacher)": "#0072b2"}
 
 
@@ -1077,11 +1090,11 @@ def experiment(config, overwrite=False):
             data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
         else:
             data[seed] = data[config.seed] if data else load_data(config, device)
-        split = f"split {seed if config.split_seed == -1 else config.split_seed}"
-        slices[split] = {name: part.where for name, part in data[seed].items()}
+        split_name = f"split {seed if config.split_seed == -1 else config.split_seed}"
+        slices[split_name] = {name: part.where for name, part in data[seed].items()}
         for method in methods:
             batch_sizes(config, method, data[seed])
-    # A batch of 16 small slices does not fill a GPU: many GPUs train many runs, not one together.
+    # GPUs train separate runs in parallel: a batch of 16 small slices does not fill even one.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(config.out)
     if overwrite:
@@ -1105,7 +1118,8 @@ def experiment(config, overwrite=False):
 
 def remove_runs(out):
     """Delete the runs and results in a folder, for --overwrite."""
-    for pattern in ("*-seed*.pt", "*-seed*.csv", "config.json", "metrics.csv", "table.md"):
+    for pattern in ("*-seed*.pt", "*-seed*.csv", "config.json", "metrics.csv", "table.md",
+                    "curves.png", "examples.png"):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -1116,26 +1130,24 @@ def save_config(out, config, slices):
     slices: dict: split -> set -> list of (site, scan, slice)
     """
     path, advice = out / "config.json", "choose another --out, or use --overwrite to replace them"
-    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))  # tuples: lists
+    require(path.exists() or not list(out.glob("*-seed*.pt")),
+            f"{out}: has runs but no config.json; {advice}")
+    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))  # tuples to lists
     differs = []
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            for name, value in record["config"].items():
-                if old["config"].get(name) != value:
-                    differs.append(name)
-            for split in old["slices"].keys() & slices.keys():
-                if old["slices"][split] != record["slices"][split]:
-                    differs.append(f"slices of {split}")
-            record["slices"] = old["slices"] | record["slices"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r}); {advice}") from error
-    elif list(out.glob("*-seed*.pt")):
-        differs.append("an unknown way: config.json is missing")
-    # Runs, seeds and methods can be added, data can be moved, and another device can continue.
-    differs = [name for name in differs
-               if name not in ("data", "out", "method", "runs", "seed", "device")]
-    require(not differs, f"{out}: its runs differ in {', '.join(differs)}; {advice}")
+    try:
+        old = json.loads(path.read_text()) if path.exists() else record
+        for name, value in record["config"].items():
+            # Runs, seeds and methods can be added, data can be moved, the device can change.
+            free = name in ("data", "out", "method", "runs", "seed", "device")
+            if old["config"].get(name) != value and not free:
+                differs.append(name)
+        for split_name in old["slices"].keys() & slices.keys():
+            if old["slices"][split_name] != record["slices"][split_name]:
+                differs.append(f"the slices of {split_name}")
+        record["slices"] = old["slices"] | record["slices"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); {advice}") from error
+    require(not differs, f"{out}: has runs with other {', '.join(differs)}; {advice}")
     save(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
     for part in out.glob(".*.part"):                     # left by a process that was killed
         if time.time() - part.stat().st_mtime > 3600:
@@ -1202,7 +1214,7 @@ def make_table(scores):
             std = f" ({np.std(values, ddof=1):.2f})" if runs > 1 else ""
             table += f" {f'{np.mean(values):.2f}{std}':>12} |"
         table += "\n"
-    if len(scores) < 3:
+    if len(scores) < 3:                                  # one method only: no difference
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
     error, text = math.nan, "one run: no standard error"
@@ -1231,13 +1243,14 @@ def draw_curves(checkpoints):
                 axis.plot([row["step"] for row in rows], [row[column] for row in rows],
                           "--" if model == "teacher" else "-", color=COLORS[label],
                           label=label if first_run else None)
-                axis.legend()
+    axes[0].legend()
+    axes[2].legend()
     return figure
 
 
 def draw_examples(config, checkpoints, slices):
-    """Outlines of the rater and of each method's first run on some test slices. -> Figure"""
-    columns = {"image": 0 * slices.masks, "rater": slices.masks}
+    """Outlines of the rater's mask and of each method's first run on test slices. -> Figure"""
+    columns = {"image": torch.zeros_like(slices.masks), "rater": slices.masks}
     for checkpoint in checkpoints:
         if checkpoint["seed"] == config.seed:
             model = "teacher" if "teacher" in checkpoint else "student"
@@ -1247,7 +1260,7 @@ def draw_examples(config, checkpoints, slices):
     picked = range(0, len(slices.where), math.ceil(len(slices.where) / 4))       # evenly spaced
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     for row, k in zip(figure.subplots(len(picked), len(columns), squeeze=False), picked):
-        # The grey-value window is that of the structure, not of bright fat around it.
+        # The display window is that of the structure, not of bright fat around it.
         image = slices.images[k, 0].cpu()
         around = F.max_pool2d(slices.masks[k], 9, stride=1, padding=4)[0].cpu() > 0
         low, high = image[around].quantile(torch.tensor([0.02, 0.98])).tolist()
@@ -1277,8 +1290,8 @@ def predict_volume(image, network, config, name="image"):
     probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)          # nothing in empty slices
     mask = probabilities > config.threshold
     if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
-        what = "foreground at the border" if mask.any() else "no foreground"
-        print(f"warning: {name}: {what} of the centre crop of {config.crop} px of "
+        what = "foreground at the border of" if mask.any() else "no foreground in"
+        print(f"warning: {name}: {what} the centre crop of {config.crop} px of "
               f"{config.spacing} mm")
     volume, voxel_mm = canonical(image)
     size = resampled_size(volume, voxel_mm, config.spacing)
@@ -1287,7 +1300,7 @@ def predict_volume(image, network, config, name="image"):
         plane = center_crop(probabilities[z:z + 1], *size)
         plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
         result[:, :, z] = plane[0, 0].flip(0).T.numpy()
-    ras, stored = nib.io_orientation(np.eye(4)), nib.io_orientation(image.affine)
+    ras, stored = nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(image.affine)
     return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, stored))
 
 
@@ -1313,15 +1326,11 @@ def predict(argv):
     config = Config(**checkpoint["config"])
     model = "teacher" if "teacher" in checkpoint else "student"
     network = load_network(checkpoint, model).to(pick_device())
-    image = load_nifti(given.image)
-    try:
-        probabilities = predict_volume(image, network, config, given.image)
-    except InputError as error:
-        raise InputError(f"{given.image}: {error}") from None
-    foreground = probabilities > config.threshold
+    image = load_nifti(given.image, config.spacing)
+    foreground = predict_volume(image, network, config, given.image) > config.threshold
     # The header of the scan keeps its geometry, codes and units.
     mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
-    mask.header["cal_min"] = mask.header["cal_max"] = 0
+    mask.header["cal_min"] = mask.header["cal_max"] = 0  # the scan's display window
     content = mask.to_bytes()
     if output.suffix == ".gz":
         content = gzip.compress(content, mtime=0)        # no time stamp: equal masks, equal files
@@ -1424,8 +1433,8 @@ def phantom_subject(site, generator):
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
     image, cord, grey = paint_cord(x, y, z, draw, noise)
 
-    # Scanner: a coil that is more sensitive nearby; frequencies only up to those of voxels of 0.5
-    # to 0.75 mm, which blurs and rings a little; noise in the real and the imaginary part
+    # Scanner: a coil that is more sensitive nearby; frequencies only up to those of voxels of 0.4
+    # to 0.9 mm, which blurs and rings a little; noise in the real and the imaginary part
     image = image * torch.exp(0.1 * noise(50) - draw(0, 0.02) * y)
     frequency = torch.fft.fftfreq(site.size, site.mm).abs()                       # 1/mm
     seen = torch.sigmoid((0.5 / draw(0.4, 0.9) - frequency) / 0.08)
@@ -1496,14 +1505,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Turn the command line into a Config, every field of which is an option. -> it, overwrite."""
+    """Turn the command line, which has an option for every field, into Config and overwrite."""
     parser = Parser(
         usage="%(prog)s [options]\n       %(prog)s predict --help",
         description="The paper's experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of "
         "the mean teacher, with 86 training slices. The defaults in [brackets] are the paper's; "
         "(authors): the paper is silent, from the first author's code; (here): our choice.",
-        epilog="--preset demo: the values of DEMO in section 1 of the file. --epochs without "
-        "--steps turns --steps off.")
+        epilog="--preset demo: a smaller network and crop, 700 steps; see DEMO in section 1 of the "
+        "file. --epochs without --steps turns --steps off. The same command again resumes an "
+        "interrupted run.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
     parser.add_argument("--overwrite", action="store_true", help="first delete the runs in --out")
@@ -1537,14 +1547,15 @@ def check(config):
         values, (least, most) = getattr(config, field.name), field.metadata["range"]
         for value in values if isinstance(values, tuple) else (values,):
             require(isinstance(value, str) or least <= value <= most,            # NaN fails too
-                    f"--{field.name.replace('_', '-')} {value}: is not in {least:g} to {most:g}")
-    require(config.crop % 8 == 0, f"--crop {config.crop}: is not a multiple of 8")
-    require(len(config.split) == 3, f"--split {config.split}: expected three numbers, as 2 2 3")
+                    f"--{field.name.replace('_', '-')} {value}: must be {least:g} to {most:g}")
+    require(config.crop % 8 == 0, f"--crop {config.crop}: must be a multiple of 8")
+    require(len(config.split) == 3, f"--split {config.split}: expected three numbers")
     require(max(len(config.epochs), len(config.weight_decay)) < 3,
             "--epochs and --weight-decay: expected one number, or two for the two methods")
-    require(not config.steps or config.steps >= max(config.epochs),
-            f"--steps {config.steps}: is less than --epochs {max(config.epochs)}, and an epoch "
-            "needs a step; lower --epochs")
+    epochs = {"supervised": config.epochs[0], "mean_teacher": config.epochs[-1],
+              "both": max(config.epochs)}[config.method]
+    require(not config.steps or config.steps >= epochs,
+            f"--steps {config.steps}: must be at least --epochs {epochs}")
 
 
 def main(argv=None):
