@@ -23,7 +23,6 @@ New here? Read sections 3 to 6 first: they are the method, and need only copy, m
     python mean_teacher_seg.py                    demo on a synthetic phantom, minutes on a CPU
     python mean_teacher_seg.py --data DIR         your scans, the paper's settings; needs a GPU
     python mean_teacher_seg.py --data DIR --preset demo         your scans, small enough for a CPU
-    python mean_teacher_seg.py --help             all settings are options
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
                                        --output MASK.nii.gz
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
@@ -139,8 +138,7 @@ DEMO = dataclasses.replace(
     epochs=(30,), steps=700,
     batch=4, unlabelled_batch=4,                         # more steps in the same time
     lr=3e-3, lr_ramp=3, weight_decay=(2e-3,),            # a narrow network tolerates a higher lr
-    consistency_ramp=30,                                 # the whole run
-    alpha=0.95, alpha_late=0.99, alpha_epochs=8,         # memory: 20 steps, then 100
+    consistency_ramp=30, alpha=0.95, alpha_late=0.99, alpha_epochs=8,    # memory: 20, 100 steps
     degrees=20.0, translation=3.0, scale=0.1, noise=0.2,  # stronger: there are few subjects
     validate_every=5)
 
@@ -441,10 +439,12 @@ class Scan(NamedTuple):
 
     @property
     def individual(self):
-        return re.sub(r"Ses\d+$", "", self.subject)      # sub-9709Ses1 and Ses2: one individual
+        # sub-9709Ses1 and sub-9709Ses2 are one individual.
+        return re.sub(r"Ses\d+$", "", self.subject)
 
 
-ANY = "any"                                              # rater of masks that name none
+# The rater of masks that name none
+ANY = "any"
 
 
 class Slices(NamedTuple):
@@ -475,7 +475,7 @@ def find_scgm(folder):
                 rater = mask.name.removesuffix(".nii.gz")[-1]
                 scan.masks[rater] = mask
             if not scan.masks:
-                print(f"warning: {image}: no {name}-mask-r* found; used as unlabelled")
+                print(f"warning: {image}: no {name}-mask-r* found; it is unlabelled")
         scans.append(scan)
     return scans
 
@@ -503,7 +503,8 @@ def find_bids(folder, contrasts, mask_names):
             elif find_files(labels, "*.nii.gz"):
                 unmatched.append(scan.name)
             scans.append(scan)
-    if unmatched:        # once: a mask under another name must not go unnoticed
+    # A mask under another name must not go unnoticed. One warning is enough.
+    if unmatched:
         print(f"warning: {len(unmatched)} scans count as unlabelled, for example {unmatched[0]}: "
               "their folder in derivatives/labels has files, but none named as the image + _ + "
               f"{' or '.join(mask_names)} + anything; see --mask-name")
@@ -604,7 +605,8 @@ def load_nifti(path, spacing):
     InputError if it cannot be used, also if its slices would be too large at `spacing` mm.
     """
     try:
-        with nib.imageglobals.ErrorLevel(30):            # report voxel sizes <= 0, do not repair
+        # Report voxel sizes <= 0, do not repair them.
+        with nib.imageglobals.ErrorLevel(30):
             image = nib.load(path)
         require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
         image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
@@ -629,7 +631,8 @@ def load_nifti(path, spacing):
         return nib.Nifti1Image(volume, image.affine, image.header)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:                           # nibabel's readers raise a dozen types
+    except Exception as error:
+        # nibabel's readers raise a dozen types.
         raise InputError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}); "
                          "download or convert it again") from error
 
@@ -655,12 +658,14 @@ def read_mask(scan, config, image):
     # near 45 degrees, where a rounding error decides which axis is closest.
     to_image = np.linalg.inv(image.affine)
     mask = mask.as_reoriented(nib.io_orientation(to_image @ mask.affine))
-    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in image.shape])))  # voxels
+    # The corners in voxels, and where the mask's lie
+    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in image.shape])))
     moved = nib.affines.apply_affine(to_image @ mask.affine, corners)
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
             f"{path}: is not on the grid of its image, {image.shape}; resample it")
     values = mask.get_fdata(dtype=np.float32)
-    rounded = np.rint(values)                            # re-saved files can have rounding errors
+    # Re-saved files can have rounding errors.
+    rounded = np.rint(values)
     bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
     require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].tolist()}, expected "
                            "whole numbers from 0 to 255; threshold or convert it")
@@ -673,11 +678,13 @@ def center_crop(slices, height, width):
 
     Cropping back to H x W undoes a padding, and puts a crop back in its place.
     """
-    top = int((slices.shape[2] - height) / 2)            # int, not //: pad and crop round alike
+    # int(), not //, so that padding and cropping round alike
+    top = int((slices.shape[2] - height) / 2)
     left = int((slices.shape[3] - width) / 2)
     bottom = slices.shape[2] - height - top
     right = slices.shape[3] - width - left
-    return F.pad(slices, (-left, -right, -top, -bottom))  # a negative padding crops
+    # A negative padding crops.
+    return F.pad(slices, (-left, -right, -top, -bottom))
 
 
 def resampled_size(volume, voxel_mm, spacing):
@@ -697,7 +704,8 @@ def to_slices(volume, voxel_mm, config):
     height, width = resampled_size(volume, voxel_mm, config.spacing)
     slices = []
     for z in range(volume.shape[2]):
-        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())[None, None]          # (1, 1, Y, X)
+        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())
+        plane = plane[None, None]        # (1, 1, Y, X)
         plane = F.interpolate(plane, size=(height, width), mode="bilinear", antialias=True)
         slices.append(center_crop(plane, min(height, config.crop), min(width, config.crop)))
     return torch.cat(slices)
@@ -709,17 +717,20 @@ def normalise(slices):
     Before the padding: the zeros around a small image must not count in mean and std. A slice
     without contrast becomes 0. -> float32
     """
-    slices = slices.double()                             # an offset of 10^4 must not cost digits
+    # In float32, an offset of 10^4 would cost digits.
+    slices = slices.double()
     std, mean = torch.std_mean(slices, (2, 3), correction=0, keepdim=True)
     largest = slices.abs().amax((2, 3), keepdim=True)
-    has_contrast = std > 1e-6 * largest                  # more than rounding errors
+    # Contrast is more than rounding errors.
+    has_contrast = std > 1e-6 * largest
     return torch.where(has_contrast, (slices - mean) / std, 0).float()
 
 
 def read_images(image, config):
     """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
     slices = normalise(to_slices(*canonical(image), config))
-    return center_crop(slices, config.crop, config.crop)         # pads what is smaller
+    # This pads slices that are smaller than the crop.
+    return center_crop(slices, config.crop, config.crop)
 
 
 def read_scan(scan, config, labelled):
@@ -749,7 +760,8 @@ def read_scan(scan, config, labelled):
 def warn_if_cropped(path, mask, voxel_mm, config):
     """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
     positions = np.argwhere(mask)[:, :2]                 # (N, 2), voxels along X and Y
-    from_centre = np.abs(positions - (np.array(mask.shape[:2]) - 1) / 2) * voxel_mm[:2]      # mm
+    centre = (np.array(mask.shape[:2]) - 1) / 2
+    from_centre = np.abs(positions - centre) * voxel_mm[:2]      # mm
     outside = (from_centre > config.crop * config.spacing / 2).any(1).sum()
     if outside > 0.01 * len(positions):
         print(f"warning: {path}: {outside / len(positions):.0%} of its foreground is outside the "
@@ -771,7 +783,8 @@ def load_data(config, device="cpu"):
             try:
                 slices = read_scan(scan, config, labelled=name != "unlabelled")
             except InputError as error:
-                faults.append(str(error))                # to report all of them at once
+                # All faults are reported at once.
+                faults.append(str(error))
                 continue
             images.append(slices.images)
             masks.append(slices.masks)
@@ -804,7 +817,8 @@ def segmentation_metrics(predictions, masks):
                "precision": tp / (tp + fp),
                "recall": tp / (tp + fn),
                "specificity": tn / (tn + fp)}
-    return {name: 100 * ratio.nan_to_num() for name, ratio in metrics.items()}     # 0 / 0 is NaN
+    # 0 / 0 is NaN here and becomes 0.
+    return {name: 100 * ratio.nan_to_num() for name, ratio in metrics.items()}
 
 
 @torch.no_grad()
@@ -815,7 +829,8 @@ def predict_probabilities(model, images, batch=32):
     probabilities = []
     for part in images.split(batch):
         probabilities.append(torch.sigmoid(model(part).float()))
-    for module, mode in modes.items():                   # train() would unfreeze frozen layers
+    # train() would unfreeze frozen layers.
+    for module, mode in modes.items():
         module.training = mode
     return torch.cat(probabilities)
 
@@ -930,7 +945,8 @@ def train(config, method, seed, data):
           f"{n_unlabelled} unlabelled slices per step, on {device.type}")
     warn_of_short_ramps(config, epochs, semi)
     print(" epoch    step   Dice loss   consistency   val. Dice: student   teacher   minutes left")
-    torch.manual_seed(1_000_000 * seed)                  # weights
+    # This seed decides the initial weights.
+    torch.manual_seed(1_000_000 * seed)
     student, teacher, optimizer = build(config, method, device)
     models = {"student": student, "teacher": teacher} if semi else {"student": student}
     options = step_options(config, device)
@@ -942,8 +958,9 @@ def train(config, method, seed, data):
     start, first_epoch = time.perf_counter(), len(history) + 1
 
     for epoch in range(first_epoch, epochs + 1):
-        # Reseeding at every epoch means that a checkpoint needs no RNG state.
-        torch.manual_seed(1_000_000 * seed + epoch)      # batches, phi, noise, Dropout
+        # Batches, phi, noise and Dropout. Reseeding at every epoch means that a checkpoint needs
+        # no RNG state.
+        torch.manual_seed(1_000_000 * seed + epoch)
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         optimizer.param_groups[0]["lr"] = lr
         weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp)
@@ -1022,10 +1039,12 @@ def save(path, write):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())                      # on the disk before it gets its name
+            # The content must be on the disk before the file gets its name.
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)                # still there only if something failed
+        # It exists only if something failed.
+        temporary.unlink(missing_ok=True)
 
 
 def save_csv(path, rows):
@@ -1043,7 +1062,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = Config(**checkpoint["config"]), checkpoint["student"]
         require({"method", "seed", "history"} <= checkpoint.keys(), "parts are missing")
-    except Exception as error:                           # unpickling raises almost anything
+    except Exception as error:
+        # Unpickling can raise almost anything.
         raise InputError(f"{path}: not a checkpoint of this version ({type(error).__name__}: "
                          f"{error}); give another file") from error
     network = build_network(config)
@@ -1068,7 +1088,8 @@ METHODS = ("supervised", "mean_teacher")
 LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
-COLORS = {"rater": "#009e73", "supervised": "#d55e00",   # Okabe-Ito palette: safe for all eyes
+# The Okabe-Ito palette, which is safe for colour-blind readers
+COLORS = {"rater": "#009e73", "supervised": "#d55e00",
           "mean teacher (student)": "#56b4e9", "mean teacher (teacher)": "#0072b2"}
 
 
@@ -1084,7 +1105,8 @@ def experiment(config, overwrite=False):
     methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
-    data, slices = {}, {}                                # seed of a run -> its data
+    # data: seed of a run -> its data; slices: name of a split -> set -> where
+    data, slices = {}, {}
     for seed in seeds:
         if config.split_seed == -1:
             data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
@@ -1132,7 +1154,8 @@ def save_config(out, config, slices):
     path, advice = out / "config.json", "choose another --out, or use --overwrite to replace them"
     require(path.exists() or not list(out.glob("*-seed*.pt")),
             f"{out}: has runs but no config.json; {advice}")
-    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))  # tuples to lists
+    # As it comes back from the file: tuples become lists.
+    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))
     differs = []
     try:
         old = json.loads(path.read_text()) if path.exists() else record
@@ -1149,7 +1172,8 @@ def save_config(out, config, slices):
         raise InputError(f"{path}: cannot be read ({error!r}); {advice}") from error
     require(not differs, f"{out}: has runs with other {', '.join(differs)}; {advice}")
     save(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
-    for part in out.glob(".*.part"):                     # left by a process that was killed
+    # Temporary files that killed processes have left
+    for part in out.glob(".*.part"):
         if time.time() - part.stat().st_mtime > 3600:
             part.unlink()
 
@@ -1161,11 +1185,13 @@ def pick_device(name="auto"):
             name = "cpu"
             if torch.accelerator.is_available():
                 name = torch.accelerator.current_accelerator().type
-        if name == "cuda":                               # processes share GPUs if they must
+        # More processes than GPUs share them.
+        if name == "cuda":
             rank = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
         one = torch.ones(1, device=name)
-        one.item()                                       # fails on devices that do not compute
+        # This fails on devices that do not compute.
+        one.item()
         return one.device
     except Exception as error:
         raise InputError(f"--device {name}: not available ({error}); try cpu") from error
@@ -1214,7 +1240,8 @@ def make_table(scores):
             std = f" ({np.std(values, ddof=1):.2f})" if runs > 1 else ""
             table += f" {f'{np.mean(values):.2f}{std}':>12} |"
         table += "\n"
-    if len(scores) < 3:                                  # one method only: no difference
+    # With one method there is no difference.
+    if len(scores) < 3:
         return table, None
     pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
     error, text = math.nan, "one run: no standard error"
@@ -1257,7 +1284,8 @@ def draw_examples(config, checkpoints, slices):
             network = load_network(checkpoint, model).to(slices.images.device)
             probabilities = predict_probabilities(network, slices.images)
             columns[LABELS[checkpoint["method"], model]] = probabilities > config.threshold
-    picked = range(0, len(slices.where), math.ceil(len(slices.where) / 4))       # evenly spaced
+    # Four slices, evenly spaced
+    picked = range(0, len(slices.where), math.ceil(len(slices.where) / 4))
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
     for row, k in zip(figure.subplots(len(picked), len(columns), squeeze=False), picked):
         # The display window is that of the structure, not of bright fat around it.
@@ -1272,7 +1300,8 @@ def draw_examples(config, checkpoints, slices):
             if masks[k].any():
                 axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[label])
         _, scan, z = slices.where[k]
-        row[0].set_xlabel(f"{scan}, slice {z}", parse_math=False)        # a name can have a $
+        # Names can have a $, which would start a formula.
+        row[0].set_xlabel(f"{scan}, slice {z}", parse_math=False)
     return figure
 
 
@@ -1287,7 +1316,8 @@ def predict_volume(image, network, config, name="image"):
     images = read_images(image, config)                  # (Z, 1, crop, crop)
     device = next(network.parameters()).device
     probabilities = predict_probabilities(network, images.to(device)).cpu()
-    probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)          # nothing in empty slices
+    # Nothing is foreground in an empty slice.
+    probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)
     mask = probabilities > config.threshold
     if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
         what = "foreground at the border of" if mask.any() else "no foreground in"
@@ -1296,7 +1326,8 @@ def predict_volume(image, network, config, name="image"):
     volume, voxel_mm = canonical(image)
     size = resampled_size(volume, voxel_mm, config.spacing)
     result = np.zeros_like(volume)                       # (X, Y, Z), RAS
-    for z in range(volume.shape[2]):                     # undo to_slices, slice by slice
+    # Undo to_slices, slice by slice.
+    for z in range(volume.shape[2]):
         plane = center_crop(probabilities[z:z + 1], *size)
         plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
         result[:, :, z] = plane[0, 0].flip(0).T.numpy()
@@ -1330,10 +1361,12 @@ def predict(argv):
     foreground = predict_volume(image, network, config, given.image) > config.threshold
     # The header of the scan keeps its geometry, codes and units.
     mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
-    mask.header["cal_min"] = mask.header["cal_max"] = 0  # the scan's display window
+    # These hold the scan's display window, which does not fit a mask.
+    mask.header["cal_min"] = mask.header["cal_max"] = 0
     content = mask.to_bytes()
     if output.suffix == ".gz":
-        content = gzip.compress(content, mtime=0)        # no time stamp: equal masks, equal files
+        # Without a time stamp, equal masks are equal files.
+        content = gzip.compress(content, mtime=0)
     save(output, lambda file: file.write(content))
     print(f"{output}: {foreground.sum()} voxels of foreground")
     return output
@@ -1373,14 +1406,17 @@ def paint_cord(x, y, z, draw, noise):
     Shapes are painted one over the other. All arrays are (Z, Y, X).
     """
     def paint(value, distance):
-        return image + (value - image) * torch.sigmoid(-distance / 0.12)        # edge: 0.5 mm
+        # The edge is 0.5 mm wide.
+        return image + (value - image) * torch.sigmoid(-distance / 0.12)
 
     # No subject is symmetric: the grid is bent by 0.25 mm. Sizes vary by some 10 %.
     x = x + 0.25 * noise(5) + 0.02 * z * draw(-1, 1)
     y = y + 0.25 * noise(5)
     side = x.abs()
-    stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))   # thicker at some levels
-    wide, deep = stature * draw(6.2, 7.5), stature * draw(3.9, 5.0)      # radii of the cord
+    # Thicker at some levels
+    stature = draw(0.90, 1.08) + 0.04 * torch.cos(z / 20 + draw(0, 6))
+    # Radii of the cord
+    wide, deep = stature * draw(6.2, 7.5), stature * draw(3.9, 5.0)
 
     # Muscle with streaks of fat, darker than the cord; the vertebra, nearly black
     muscle, bone, csf = draw(0.3, 1.0), draw(0.05, 0.2), draw(1.6, 2.5)
@@ -1390,7 +1426,8 @@ def paint_cord(x, y, z, draw, noise):
     # within a dark wall, crossed by grey nerve roots
     front = y - deep - draw(1.2, 3.2) + draw(0, 0.03) * side ** 2
     back = draw(0.4, 0.8) * (torch.hypot(x, torch.tensor(3.0)) - 3) - y - deep - draw(0.6, 1.4)
-    canal = torch.logsumexp(torch.stack([front, back, side - draw(9, 12)]), 0)  # smooth maximum
+    # logsumexp is a smooth maximum, here the intersection of the shapes,
+    canal = torch.logsumexp(torch.stack([front, back, side - draw(9, 12)]), 0)
     image = paint(bone, canal - draw(1, 2.5))
     image = paint(csf * (1 + 0.08 * noise(4)), canal)
     for top in (0.5 * deep, -0.5 * deep):
@@ -1404,7 +1441,8 @@ def paint_cord(x, y, z, draw, noise):
     ventral = stroke(side, y, 0.48 * w, 0.3 * h, 0.5 * w, 0.6 * h, stature * draw(0.6, 1.05))
     dorsal = stroke(side, y, 0.45 * w, 0.3 * h, w - 0.45, 0.45 - h, stature * draw(0.38, 0.52))
     bridge = stroke(x, y, -0.48 * w, 0.3 * h, 0.48 * w, 0.3 * h, draw(0.4, 0.6))
-    grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6  # union
+    # and with both signs changed a smooth minimum, here their union.
+    grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6
     image = paint(white + draw(0.16, 0.28), grey)
     image = paint(draw(1, 1.5), stroke(x, y, 0, 0.5 * deep, 0, 1.2 * deep, 0.1))
     return image, cord, grey
@@ -1415,14 +1453,17 @@ def phantom_subject(site, generator):
 
     x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
     """
-    def draw(low, high):                                 # one number for the subject
+    def draw(low, high):
+        # One number for the subject
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    def noise(length):                                   # (Z, Y, X) std 1, smooth over that length
+    def noise(length):
+        # (Z, Y, X) of std 1, smooth over that length in mm
         cells = max(2, round(site.size * site.mm / length) + 1)
         corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
         one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
-        return one * torch.cos(z / 60) + two * torch.sin(z / 60)         # changes along the cord
+        # The field changes along the cord.
+        return one * torch.cos(z / 60) + two * torch.sin(z / 60)
 
     # Position: a few mm off centre (the demo's crop is 16 mm wide) and turned
     count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
@@ -1436,15 +1477,17 @@ def phantom_subject(site, generator):
     # Scanner: a coil that is more sensitive nearby; frequencies only up to those of voxels of 0.4
     # to 0.9 mm, which blurs and rings a little; noise in the real and the imaginary part
     image = image * torch.exp(0.1 * noise(50) - draw(0, 0.02) * y)
-    frequency = torch.fft.fftfreq(site.size, site.mm).abs()                       # 1/mm
+    # Frequencies in 1/mm
+    frequency = torch.fft.fftfreq(site.size, site.mm).abs()
     seen = torch.sigmoid((0.5 / draw(0.4, 0.9) - frequency) / 0.08)
     seen = seen[:, None] * seen
     std = draw(0.015, 0.07) / seen.square().mean().sqrt()
     echo = torch.randn(image.shape, generator=generator, dtype=torch.complex64) * 2 ** 0.5 * std
     image = torch.fft.ifft2(torch.fft.fft2(image + echo) * seen).abs()
     masks = torch.zeros(4, *image.shape, dtype=torch.uint8)
-    for mask in masks:                                   # simulated raters: a smooth error each,
-        error = 0.175 * noise(2.5)                       # so that two agree to a Dice of 0.82
+    # Each simulated rater has one smooth error, so that two agree to a Dice of 0.82.
+    for mask in masks:
+        error = 0.175 * noise(2.5)
         mask[cord + error < 0] = 2
         mask[grey + error < 0] = 1
     black = (0, 0, 0, 0, site.black, site.black)
@@ -1485,7 +1528,8 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
         try:
             os.rename(unfinished, folder)
         except OSError:
-            if not folder.is_dir():                      # else another process was faster: use it
+            # else another process was faster: use it
+            if not folder.is_dir():
                 raise
 
 
@@ -1511,8 +1555,8 @@ def parse(argv):
         description="The paper's experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of "
         "the mean teacher, with 86 training slices. The defaults in [brackets] are the paper's; "
         "(authors): the paper is silent, from the first author's code; (here): our choice.",
-        epilog="--preset demo: a smaller network and crop, 700 steps; see DEMO in section 1 of the "
-        "file. --epochs without --steps turns --steps off. The same command again resumes an "
+        epilog="--preset demo: a smaller network and crop, 700 steps; see DEMO in section 1 of "
+        "the file. --epochs without --steps turns --steps off. The same command again resumes an "
         "interrupted run.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
@@ -1546,7 +1590,8 @@ def check(config):
     for field in dataclasses.fields(Config):
         values, (least, most) = getattr(config, field.name), field.metadata["range"]
         for value in values if isinstance(values, tuple) else (values,):
-            require(isinstance(value, str) or least <= value <= most,            # NaN fails too
+            # NaN fails too
+            require(isinstance(value, str) or least <= value <= most,
                     f"--{field.name.replace('_', '-')} {value}: must be {least:g} to {most:g}")
     require(config.crop % 8 == 0, f"--crop {config.crop}: must be a multiple of 8")
     require(len(config.split) == 3, f"--split {config.split}: expected three numbers")
