@@ -623,7 +623,7 @@ def load_nifti(path, spacing):
                 and np.isfinite(nib.io_orientation(image.affine)).all(),     # NaN: singular
                 f"implausible voxel sizes {[round(float(mm), 3) for mm in sizes]} mm, or a "
                 "singular affine; correct its header")
-        side = max(shape) * max(sizes) / spacing
+        side = max(n * mm for n, mm in zip(shape, sizes)) / spacing
         require(side <= 2 ** 13, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
                                  "8192 at most; check --spacing and the voxel sizes")
         volume = image.get_fdata(dtype=np.float32)
