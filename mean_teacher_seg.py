@@ -886,8 +886,10 @@ def step_options(config, device):
 
     # bfloat16 only where the GPU computes in it: older ones (T4, V100) emulate it slowly, or fail.
     amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"affine": (config.degrees, config.translation, config.scale), "noise": config.noise,
-            "amp": amp, "consistency": consistency,
+    return {"affine": (config.degrees, config.translation, config.scale),
+            "noise": config.noise,
+            "amp": amp,
+            "consistency": consistency,
             "targets_of": same_input_targets if config.augmentation == "same" else delayed_targets}
 
 
@@ -1210,15 +1212,16 @@ def report(config, checkpoints, data):
             for name in METRICS:
                 row_scores[name].append(float(np.mean(metrics[name])))
             for k, (site, scan, z) in enumerate(data[seed]["test"].where):
-                row = {"method": method, "seed": seed, "model": model, "site": site,
-                       "subject": scan, "slice": z}
+                row = {"method": method, "seed": seed, "model": model,
+                       "site": site, "subject": scan, "slice": z}
                 row.update((name, metrics[name][k]) for name in METRICS)
                 rows.append(row)
     table, difference = make_table(scores)
     save_csv(out / "metrics.csv", rows)
     save(out / "table.md", lambda file: file.write(table.encode()))
+    test_slices = data[config.seed]["test"]
     pictures = {"curves.png": draw_curves(checkpoints),
-                "examples.png": draw_examples(config, checkpoints, data[config.seed]["test"])}
+                "examples.png": draw_examples(config, checkpoints, test_slices)}
     for name, figure in pictures.items():
         save(out / name, lambda file: figure.savefig(file, dpi=110))
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
