@@ -1274,7 +1274,8 @@ def draw_curves(checkpoints):
                           "--" if model == "teacher" else "-", color=COLORS[label],
                           label=label if first_run else None)
     axes[0].legend()
-    axes[2].legend()
+    if axes[2].lines:                                    # none without validation subjects
+        axes[2].legend()
     return figure
 
 
