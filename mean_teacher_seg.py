@@ -497,7 +497,10 @@ def find_bids(folder, contrasts, mask_names):
             masks = []
             for mask_name in mask_names:
                 masks += find_files(labels, f"{glob.escape(f'{stem}_{mask_name}')}*.nii.gz")
-            scan = Scan("", place.parts[0], stem.removesuffix(f"_{contrast}"), image, {})
+            name = stem.removesuffix(f"_{contrast}")
+            if name in [scan.name for scan in scans]:    # two contrasts of one subject
+                name = stem
+            scan = Scan("", place.parts[0], name, image, {})
             if masks:
                 scan.masks[ANY] = masks[0]
             elif find_files(labels, "*.nii.gz"):
