@@ -1711,6 +1711,15 @@ def test_no_validation_set_means_no_validation_score(tmp_path):
         assert math.isnan(row["val_student"]) and math.isnan(row["val_teacher"])
     assert len(run["metrics"]["teacher"]["dice"]) == 4
 
+@pytest.mark.parametrize("method, refused_steps, steps", [
+    ("supervised", 8, 9), ("mean_teacher", 2, 3), ("both", 8, 9)])
+def test_steps_must_be_as_many_as_the_epochs_of_the_methods_that_are_trained(
+        method, refused_steps, steps):
+    options = ["--epochs", "9", "3", "--method", method, "--steps"]
+    with pytest.raises(mt.InputError, match=f"--steps {refused_steps}: must be at least"):
+        mt.parse([*options, str(refused_steps)])
+    assert mt.parse([*options, str(steps)])[0].steps == steps
+
 def schedule_of(calls):
     """Steps, learning rates, w and alpha of a training, step by step."""
     steps = [call.step for call in calls]
@@ -2318,6 +2327,7 @@ def test_the_processes_of_torchrun_share_the_seeds_and_train_both_methods_of_eac
     assert results[:-1] == [None] * (world - 1)          # the last one reports
     assert {len(values["dice"]) for values in results[-1]["scores"].values()} == {3}
 
+@pytest.mark.filterwarnings("error")
 def test_one_method_alone_is_trained_and_reported(little, tmp_path):
     for method, labels in (("supervised", {"supervised"}), ("mean_teacher", {
             "mean teacher (student)", "mean teacher (teacher)"})):
@@ -2409,24 +2419,21 @@ def test_one_split_for_all_and_a_split_for_each_are_not_mixed(
 
 # --- Results: names and pictures -----------------------------------------------------------------
 
-NAMES = ["Scan 1, left", 'the "second"', "$\\frac$ of $x$", "M\u00fcller \u6771", "a;b\tc", "50 % #4"]
-
-@pytest.mark.parametrize("places", [(0, 1), (2, 3), (4, 5)])
-def test_names_are_text_in_all_results_whatever_is_in_them(tmp_path, figures, places):
-    train, test = (NAMES[place] for place in places)
-    for train, test in ((train, test), (test, train)):
-        write_decathlon(tmp_path / test / "data", (train, test))
-        out = tmp_path / test / "out"
-        main("--data", tmp_path / test / "data", *LITTLE, "--spacing", 0.5, "--train", train,
-             "--test", test, "--out", out)
-        with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        assert len(rows) == 3 * 3 and {len(row) for row in rows} == {6 + len(mt.METRICS)}
-        assert {row["subject"] for row in rows} == {test}
-        labels = [axis.xaxis.label for axis in figures[-1].axes[::4]]
-        assert [label.get_text() for label in labels] == [f"{test}, slice {z}" for z in range(3)]
-        assert [label.get_parse_math() for label in labels] == [False] * 3
-        assert json.loads((out / "config.json").read_text())["config"]["test"] == [test]
+@pytest.mark.parametrize("name", [
+    "Scan 1, left", 'the "second"', "$\\frac$ of $x$", "M\u00fcller \u0416", "a;b'c", "50 % #4"])
+def test_names_are_text_in_all_results_whatever_is_in_them(tmp_path, figures, name):
+    write_decathlon(tmp_path / "data", (name, "plain"))
+    out = tmp_path / "out"
+    main("--data", tmp_path / "data", *LITTLE, "--spacing", 0.5, "--train", "plain", "--test",
+         name, "--method", "supervised", "--out", out)
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and {len(row) for row in rows} == {6 + len(mt.METRICS)}
+    assert {row["subject"] for row in rows} == {name}
+    labels = [axis.xaxis.label for axis in figures[-1].axes[::3]]
+    assert [label.get_text() for label in labels] == [f"{name}, slice {z}" for z in range(3)]
+    assert [label.get_parse_math() for label in labels] == [False] * 3
+    assert json.loads((out / "config.json").read_text())["config"]["test"] == [name]
 
 @pytest.mark.parametrize("count, shown", [(1, 3), (2, 3), (3, 3), (4, 4)])
 def test_the_examples_are_evenly_spaced_test_slices(tmp_path, figures, count, shown):
@@ -2523,7 +2530,7 @@ def test_the_curves_show_the_validation_scores_of_the_epochs_that_have_one(
     for method in mt.METHODS:
         rows = read_log(tmp_path / f"out/{method}-seed0.csv")
         for column in ("val_student", "val_teacher"):
-            if column in rows[0]:
+            if not math.isnan(rows[0][column]):
                 expected.append([[row["step"], row[column]] for row in rows if row[column] >= 0])
     found = sorted(line for line in lines if len(line) == 4)             # the other have 5 points
     assert [[x for x, _ in points] for points in expected] == [
@@ -2543,35 +2550,39 @@ class Bright(nn.Module):
         return 20 * (x - self.level)
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SRA", "PIL"])
-def test_predict_on_a_scans_own_grid_and_off_its_centre(tmp_path, capsys, axes, monkeypatch):
+@pytest.mark.parametrize("place", ["centre", "border", "outside"])
+def test_predict_on_a_scans_own_grid_and_warns_at_the_border_of_the_crop(
+        tmp_path, capsys, axes, place, monkeypatch):
     monkeypatch.setattr(mt, "build_network", lambda config: Bright())
     config = dataclasses.replace(mt.DEMO, spacing=0.35, crop=64)         # 22.4 mm
     scan, checkpoint, output = (tmp_path / name for name in ("i.nii.gz", "c.pt", "m.nii.gz"))
     torch.save({"config": vars(config), "method": "supervised", "seed": 0, "where": [],
                 "history": [], "student": Bright().state_dict()}, checkpoint)
     volume = np.random.default_rng(0).uniform(0, 10, (101, 120, 3)).astype(np.float32)
-    # 25 mm behind the centre, voxel 59.5, and 10 mm to the right of it, voxel 50; slightly tilted
-    volume[62:67, 22:27, 1] = 200.0
+    # To the right and behind of the centre, voxel (50, 59.5): by 4 and 7 mm, by 10 and by 25 mm.
+    # The crop ends at 11.2 mm. The scan is slightly tilted.
+    left, back = {"centre": (54, 47), "border": (54, 42), "outside": (62, 22)}[place]
+    volume[left:left + 5, back:back + 5, 1] = 200.0
     image = nib.Nifti1Image(volume, turned(0.07, 9, 5, 1) @ np.diag([0.7, 0.7, 4, 1]))
     image = image.as_reoriented(nib.orientations.axcodes2ornt(axes))
     image.set_qform(image.affine, 1)
     image.set_sform(image.affine, 4)
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, scan)
-    command = "predict", scan, "--checkpoint", checkpoint, "--output", output, "--overwrite"
-    main(*command)
-    warning = capsys.readouterr().out
-    assert not nib.load(output).get_fdata().any()
-    assert f"warning: {scan}: no foreground" in warning and "--center" in warning
-    main(*command, "--center", 25, 10)
-    mask = nib.load(output)
-    assert "warning" not in capsys.readouterr().out and mask.get_data_dtype() == np.uint8
-    assert np.array_equal(mask.get_fdata(), image.get_fdata() > 50)      # on the very same grid
+    main("predict", scan, "--checkpoint", checkpoint, "--output", output)
+    said, mask = capsys.readouterr().out, nib.load(output)
+    found, expected = mask.get_fdata(), image.get_fdata() > 50
+    if place == "centre":
+        assert "warning" not in said and np.array_equal(found, expected)     # on the same grid
+    elif place == "border":
+        assert f"warning: {scan}: foreground at the border of the centre crop of 64 px" in said
+        assert 0 < found.sum() < expected.sum() and not (found > expected).any()
+    else:
+        assert f"warning: {scan}: no foreground in the centre crop of 64 px" in said
+        assert not found.any()
+    assert mask.get_data_dtype() == np.uint8
     for key in ("sform_code", "qform_code", "xyzt_units", "pixdim", "srow_x", "srow_y", "srow_z"):
         assert np.allclose(mask.header[key], image.header[key], atol=1e-6), key
-    main(*command, "--center", 14, 10)                   # the crop ends within the structure
-    assert f"warning: {scan}: foreground at the border" in capsys.readouterr().out
-    assert 0 < nib.load(output).get_fdata().sum() < mask.get_fdata().sum()
 
 @pytest.fixture(scope="session")
 def checkpoint(little, tmp_path_factory):
@@ -2579,21 +2590,64 @@ def checkpoint(little, tmp_path_factory):
     main(*little, "--epochs", 40, "--out", out)
     return out / "mean_teacher-seed0.pt"
 
-def test_predict_takes_a_folder_and_overwrites_only_when_told(checkpoint, tmp_path, capsys):
-    for name in ("a", "b"):
-        write_nifti(tmp_path / f"in/{name}.nii.gz", cord(1)[0])
-    (tmp_path / "in/._a.nii.gz").write_bytes(b"another system's file")
-    whole, one = (["predict", tmp_path / path, "--checkpoint", checkpoint, "--output"]
-                  for path in ("in", "in/a.nii.gz"))
-    assert main(*whole, tmp_path / "out") == [tmp_path / f"out/{x}.nii.gz" for x in "ab"]
-    assert 0 < nib.load(tmp_path / "out/a.nii.gz").get_fdata().mean() < 1
+def test_predict_returns_the_masks_path_and_overwrites_only_when_told(
+        checkpoint, tmp_path, capsys):
+    scan, output = tmp_path / "a.nii.gz", tmp_path / "new/m.nii.gz"
+    write_nifti(scan, cord(1)[0])
+    command = ["predict", scan, "--checkpoint", checkpoint, "--output"]
+    assert main(*command, output) == output
+    foreground = int(nib.load(output).get_fdata().sum())
+    assert 0 < foreground < math.prod(SHAPE)
+    assert f"{output}: {foreground} voxels of foreground" in capsys.readouterr().out
     files = snapshot(tmp_path)
-    assert "--overwrite" in refused(capsys, *whole, tmp_path / "out")
-    assert "image itself" in refused(capsys, *whole, tmp_path / "in", "--overwrite")
-    assert "end it in .nii" in refused(capsys, *one, tmp_path / "mask.png")
+    assert f"{output}: already exists; use --overwrite" in refused(capsys, *command, output)
+    assert f"{scan}: is the scan" in refused(capsys, *command, scan, "--overwrite")
+    assert "ends in .nii or .nii.gz" in refused(capsys, *command, tmp_path / "mask.png")
     assert snapshot(tmp_path) == files
-    main(*whole, tmp_path / "out", "--overwrite")
+    main(*command, output, "--overwrite")
     assert snapshot(tmp_path) == files                   # the same scan, the same bytes
+
+def test_a_mask_is_written_without_compression_if_its_name_says_so(checkpoint, tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", cord(1)[0])
+    command = ["predict", tmp_path / "a.nii.gz", "--checkpoint", checkpoint, "--output"]
+    for name in ("m.nii", "m.nii.gz"):
+        main(*command, tmp_path / name)
+    content = (tmp_path / "m.nii").read_bytes()
+    assert content == gzip.decompress((tmp_path / "m.nii.gz").read_bytes())
+    assert np.array_equal(nib.load(tmp_path / "m.nii").get_fdata(),
+                          nib.load(tmp_path / "m.nii.gz").get_fdata())
+
+def test_predict_reads_a_scan_with_a_trailing_axis_like_one_without(checkpoint, tmp_path):
+    volume, masks = cord(1)[0], []
+    for name, shape in (("a", SHAPE), ("b", (*SHAPE, 1))):
+        nib.save(nib.Nifti1Image(volume.reshape(shape), GRID), tmp_path / f"{name}.nii.gz")
+        output = tmp_path / f"m{name}.nii.gz"
+        main("predict", tmp_path / f"{name}.nii.gz", "--checkpoint", checkpoint, "--output",
+             output)
+        masks.append(nib.load(output).get_fdata())
+    assert masks[0].any() and np.array_equal(masks[0], masks[1].reshape(SHAPE))
+
+@pytest.mark.parametrize("command, said", [
+    ("predict", "interrupted; no mask was written"),
+    ("train", "interrupted; the same command without --overwrite continues the training")])
+def test_ctrl_c_says_what_it_means_for_the_command(
+        checkpoint, little, tmp_path, capsys, monkeypatch, command, said):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mt, "train_step", interrupted)
+    monkeypatch.setattr(mt, "predict_volume", interrupted)
+    write_nifti(tmp_path / "a.nii.gz", cord(1)[0])
+    options = [*little, "--out", tmp_path / "out"]
+    if command == "predict":
+        options = ["predict", tmp_path / "a.nii.gz", "--checkpoint", checkpoint, "--output",
+                   tmp_path / "m.nii.gz"]
+    with pytest.raises(SystemExit) as stop:
+        main(*options)
+    printed = capsys.readouterr()
+    assert stop.value.code == 130 and "Traceback" not in printed.err
+    assert printed.out.splitlines()[-1] == said
+    assert not (tmp_path / "m.nii.gz").exists()
 
 def on_the_grid(probabilities, slices, config, shape):
     """Probabilities (N, 1, H, W) of a scan's slices in a volume of that shape, 0 elsewhere.
@@ -2724,42 +2778,53 @@ BAD = {
     "truncated": (packed(lambda b: b[:len(b) // 2]), "", "sc01-image.nii.gz: cannot be read"),
     "not gzip": (packed(lambda b: b"hello" * 99), "", "sc01-image.nii.gz: cannot be read"),
     "not a NIfTI": (packed(lambda b: gzip.compress(b"hello" * 999)), "", "image.nii.gz: cannot"),
-    "4-D": (content(lambda v, a: (v[..., None].repeat(2, 3), a)), "", "has 4 dimensions"),
-    "2-D": (content(lambda v, a: (v[..., 0], a)), "", "has 2 dimensions"),
+    "4-D": (content(lambda v, a: (v[..., None].repeat(2, 3), a)), "", "image.nii.gz: 4 dim"),
+    "2-D": (content(lambda v, a: (v[..., 0], a)), "", "image.nii.gz: 2 dimensions"),
     "mask's shape": (content(lambda v, a: (v[:-1], a), "mask-r4"), "", "not on the grid"),
     "mask's affine": (content(lambda v, a: (v, a @ turned(1)), "mask-r4"), "", "not on the grid"),
-    "NaN": (content(lambda v, a: (np.where(v > 120, np.nan, v), a)), "", "image.nii.gz: has NaN"),
-    "infinite": (content(lambda v, a: (np.where(v > 120, np.inf, v), a)), "", "has NaN or"),
-    "no grey matter": (content(lambda v, a: (0 * v, a), "mask-r4"), "", "no foreground in any"),
-    "zero voxel size": (pixdim(0), "", "sc01-image.nii.gz: cannot be read as NIfTI (pixdim"),
-    "negative size": (pixdim(-0.5), "", "NIfTI (pixdim[1,2,3] should be positive"),
+    "NaN": (content(lambda v, a: (np.where(v > 120, np.nan, v), a)), "", "image.nii.gz: NaN or"),
+    "infinite": (content(lambda v, a: (np.where(v > 120, np.inf, v), a)), "", "gz: NaN or inf"),
+    "no grey matter": (content(lambda v, a: (0 * v, a), "mask-r4"), "",
+                       "no foreground in the training or test set"),
+    "zero voxel size": (pixdim(0), "", "sc01-image.nii.gz: cannot be read as NIfTI (He"),
+    "negative size": (pixdim(-0.5), "", "pixdim[1,2,3] should be positive"),
     "singular affine": (content(lambda v, a: (v, a[:, [0, 0, 2, 3]])), "", "sc01-image.nii.gz"),
     "in two sets": (None, "--train site1-sc01 --test site1-sc01", "in --train and in --test"),
     "rater not there": (removed("*mask-r4*"), "", "image.nii.gz: no mask of rater 4"),
     "no such rater": (None, "--rater 7", "--rater"),
-    "crop": (None, "--crop 20", "--crop 20: is not a multiple of 8"),
-    "no epochs": (None, "--epochs 0", "--epochs 0: is not in 1 to 1e+09"),
-    "no runs": (None, "--runs 0", "--runs 0: is not in 1 to"),
-    "negative weight": (None, "--consistency-weight -1", "--consistency-weight -1.0: is not in 0"),
-    "NaN option": (None, "--lr nan", "--lr nan: is not in"),
-    "alpha above 1": (None, "--alpha 1.5", "--alpha 1.5: is not in 0 to 1"),
-    "background as label": (None, "--label 1 0", "--label 0: is not in 1 to 255"),
+    "crop": (None, "--crop 20", "--crop 20: must be a multiple of 8"),
+    "no epochs": (None, "--epochs 0", "--epochs 0: must be 1 to 1e+09"),
+    "no runs": (None, "--runs 0", "--runs 0: must be 1 to"),
+    "negative weight": (None, "--consistency-weight -1", "--consistency-weight -1.0: must be 0"),
+    "NaN option": (None, "--lr nan", "--lr nan: must be"),
+    "alpha above 1": (None, "--alpha 1.5", "--alpha 1.5: must be 0 to 1"),
+    "background as label": (None, "--label 1 0", "--label 0: must be 1 to 255"),
     "not a number": (None, "--width wide", "--width"),
     "unknown option": (None, "--colour red", "--colour"),
-    "device not there": (None, "--device abacus", "--device abacus: not to be had"),
-    "device that does not compute": (None, "--device meta", "--device meta: not to be had"),
+    "device not there": (None, "--device abacus", "--device abacus: not available"),
+    "device that does not compute": (None, "--device meta", "--device meta: not available"),
     "three numbers of epochs": (None, "--epochs 1 2 3", "--epochs and --weight-decay"),
-    "absurd spacing": (None, "--spacing 1e-6", "--spacing 1e-06: is not in 0.02 to"),
-    "absurd crop": (None, "--crop 8000000", "--crop 8000000: is not in 8 to 2048"),
+    "absurd spacing": (None, "--spacing 1e-6", "--spacing 1e-06: must be 0.02 to"),
+    "absurd crop": (None, "--crop 8000000", "--crop 8000000: must be 8 to 2048"),
     "split of two": (None, "--split 2 2", "--split (2, 2): expected three"),
     "output is a file": (lambda f: (f / "out").write_text("x"), "", "out"),
     "foreign checkpoint": (lambda f: (f / "out").mkdir() or torch.save(
-        {"a": 1}, f / "out/supervised-seed0.pt"), "", "supervised-seed0.pt: is no checkpoint"),
-    "no labelsTr": (decathlon(lambda f: shutil.rmtree(f / "labelsTr")), "", "0 people with masks"),
+        {"a": 1}, f / "out/supervised-seed0.pt"), "", "out: has runs but no config.json"),
+    "steps fewer than epochs": (None, "--steps 3 --epochs 5", "--steps 3: must be at least --epo"),
+    "negative steps": (None, "--steps -1", "--steps -1: must be 0 to"),
+    "split seed below -1": (None, "--split-seed -2", "--split-seed -2: must be -1 to"),
+    "one value per channel": (None, "--crop 8 --batch 1", "--crop 8 and a batch of one slice"),
+    "one unlabelled value": (None, "--crop 8 --unlabelled-batch 1", "--crop 8 and a batch of one"),
+    "no such contrast": (lambda f: [shutil.rmtree(f / "data"), write_bids(f / "data")],
+                         "--contrast T1w", "CONTRAST T1w (see --contrast)"),
+    "complex voxels": (content(lambda v, a: (v.astype(np.complex64), a)), "", "complex64 voxels"),
+    "one voxel too far": (content(lambda v, a: (v, a @ np.diag([190, 1, 1, 1]))), "--spacing 0.1",
+                          "38000 px along a side at --spacing 0.1"),
+    "no labelsTr": (decathlon(lambda f: shutil.rmtree(f / "labelsTr")), "", "0 subjects with"),
     "half in labelsTr": (decathlon(lambda f: write_nifti(
         f / "labelsTr/a.nii.gz", np.full(SHAPE, 0.5))), "", "a.nii.gz: has values [0.5]"),
     "4-D in imagesTr": (decathlon(lambda f: nib.save(nib.Nifti1Image(
-        np.ones((*SHAPE, 2)), GRID), f / "imagesTr/a.nii.gz")), "", "a.nii.gz: has 4 dim"),
+        np.ones((*SHAPE, 2)), GRID), f / "imagesTr/a.nii.gz")), "", "a.nii.gz: 4 dim"),
     "no mask has the label": (decathlon(lambda f: None), "--label 7 9", "--label"),
     "all faults at once": (lambda f: [file(f, k).write_bytes(b"x") for k in (1, 2)], "",
                            "sc01-image.nii.gz: cannot", "sc02-image.nii.gz: cannot"),
@@ -2816,9 +2881,12 @@ def test_three_hundred_damaged_files(checkpoint, tmp_path, capsys):
         path.write_bytes(damaged)
         begin = time.perf_counter()
         try:
-            outcomes.append(len(main(*command)))
-        except SystemExit:
-            outcomes.append(len(refused(capsys, *command)) * 0)
+            main(*command)
+            outcomes.append(1)
+        except SystemExit as stop:
+            outcomes.append(0)
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         assert time.perf_counter() - begin < 10 and path.read_bytes() == damaged
     assert 30 < sum(outcomes) < 270
 
@@ -2841,7 +2909,7 @@ def test_the_phantom_has_the_challenges_files_in_its_orientations_and_is_reprodu
         image = studies[0][f"site{s}-sc01-image"]
         assert "".join(nib.aff2axcodes(image.affine)) == site.axes
         assert image.header.get_zooms() == pytest.approx((site.mm, site.mm, site.thick))
-    with pytest.raises(mt.InputError, match="there already"):
+    with pytest.raises(mt.InputError, match="already exists"):
         mt.write_phantom(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
 
@@ -3001,6 +3069,29 @@ def test_the_phantom_is_written_once_into_the_users_cache(tmp_path, monkeypatch,
         assert torch.equal(first[name].images, second[name].images)
         assert len(first[name].where) > 0
 
+def test_a_phantom_that_another_process_finished_meanwhile_is_used(tmp_path, monkeypatch):
+    folder, real = tmp_path / "phantom", os.rename
+
+    def late(source, target):                            # the other process is faster by a moment
+        shutil.copytree(source, target)
+        (folder / "other").touch()
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", late)
+        mt.write_phantom(folder, sites=TINY[:1], subjects=2)
+    assert (folder / "other").exists() and len(mt.find_scans(folder)) == 2
+    assert list(tmp_path.iterdir()) == [folder]          # nothing unfinished is left
+
+def test_a_phantom_that_cannot_get_its_name_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def failing(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Read-only"):
+        mt.write_phantom(tmp_path / "phantom", sites=TINY[:1], subjects=2)
+    assert list(tmp_path.iterdir()) == []
+
 # --- The file as a whole -------------------------------------------------------------------------
 
 GIVEN = """import copy, math, torch; from torch import nn
@@ -3065,7 +3156,7 @@ def test_only_the_six_packages_lines_fit_and_the_licence_is_named():
         assert {*names} - {"mean_teacher_seg"} - {*sys.stdlib_module_names} <= six
         assert max(map(len, text.splitlines())) <= 99
         assert text.startswith("# SPDX-License-Identifier: MIT\n")
-    assert SCRIPT.read_text().split("# --- 7. Data")[0].count("\n") <= 400       # the whole paper
+    assert SCRIPT.read_text().split("# --- 7. Data")[0].count("\n") <= 425       # the whole paper
 
 # --- The notebook --------------------------------------------------------------------------------
 
@@ -3140,7 +3231,7 @@ def test_real_hippocampi_in_the_papers_protocol_and_a_mask_as_published(tmp_path
     config = mt.parse(["--data", str(DATA / "hippocampus"), "--label", "1", "2", *options])[0]
     sets, data = split(config), mt.load_data(config)
     assert [len(part) for part in sets.values()] == [8, 8, 12, 40]
-    assert len({scan.person for part in sets.values() for scan in part}) == 68
+    assert len({scan.individual for part in sets.values() for scan in part}) == 68
     assert [len({scan for _, scan, _ in part.where}) for part in data.values()] == [8, 8, 12, 40]
     one, label = sets["train"][0], dataclasses.replace
     whole, front, back = (mt.read_scan(one, label(config, label=values), True).masks
