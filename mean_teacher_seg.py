@@ -609,7 +609,7 @@ def load_nifti(path, spacing):
     """
     try:
         # Report voxel sizes <= 0, do not repair them.
-        with nib.imageglobals.ErrorLevel(30):
+        with nib.imageglobals.LoggingOutputSuppressor(), nib.imageglobals.ErrorLevel(30):
             image = nib.load(path)
         require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
         image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
