@@ -609,7 +609,8 @@ def load_nifti(path, spacing):
     """
     try:
         # Report voxel sizes <= 0, do not repair them.
-        with nib.imageglobals.LoggingOutputSuppressor(), nib.imageglobals.ErrorLevel(30):
+        nib.imageglobals.logger.setLevel("CRITICAL")     # InputError says it, in one line
+        with nib.imageglobals.ErrorLevel(30):
             image = nib.load(path)
         require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
         image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
