@@ -23,6 +23,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -2852,6 +2853,19 @@ def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, capsys):
                     *options.split())
     assert all(message in error for message in messages), error
     assert before.items() <= snapshot(tmp_path).items()
+
+@pytest.mark.parametrize("mm", [0, -0.5])
+def test_nibabel_prints_no_line_of_its_own_beside_the_error(tmp_path, capsys, mm):
+    write_scgm(tmp_path / "data", subjects=(1, 2, 11))
+    pixdim(mm)(tmp_path)
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    nib.imageglobals.logger.addHandler(handler)
+    try:
+        error = refused(capsys, "--data", tmp_path / "data", *LITTLE, "--out", tmp_path / "out")
+    finally:
+        nib.imageglobals.logger.removeHandler(handler)
+    assert "pixdim" in error and printed.getvalue() == ""
 
 class Evil:
     def __reduce__(self):
