@@ -498,7 +498,8 @@ def find_bids(folder, contrasts, mask_names):
             for mask_name in mask_names:
                 masks += find_files(labels, f"{glob.escape(f'{stem}_{mask_name}')}*.nii.gz")
             name = stem.removesuffix(f"_{contrast}")
-            if name in [scan.name for scan in scans]:    # two contrasts of one subject
+            # Two contrasts of one subject need two names.
+            if name in [scan.name for scan in scans]:
                 name = stem
             scan = Scan("", place.parts[0], name, image, {})
             if masks:
@@ -608,12 +609,13 @@ def load_nifti(path, spacing):
     InputError if it cannot be used, also if its slices would be too large at `spacing` mm.
     """
     try:
-        # Report voxel sizes <= 0, do not repair them.
-        nib.imageglobals.logger.setLevel("CRITICAL")     # InputError says it, in one line
+        # Voxel sizes <= 0 are errors, not to be repaired; InputError reports them, not the log.
+        nib.imageglobals.logger.setLevel("CRITICAL")
         with nib.imageglobals.ErrorLevel(30):
             image = nib.load(path)
         require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
-        image = nib.squeeze_image(image)                 # (X, Y, Z, 1) is three-dimensional
+        # (X, Y, Z, 1) is three-dimensional.
+        image = nib.squeeze_image(image)
         shape, unit = image.shape, image.header.get_xyzt_units()[0]
         dtype = image.get_data_dtype()
         require(dtype.kind in "biuf", f"{dtype} voxels, expected one real number each; convert it "
@@ -671,7 +673,7 @@ def read_mask(scan, config, image):
     # Re-saved files can have rounding errors.
     rounded = np.rint(values)
     bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
-    require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].tolist()}, expected "
+    require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].round(3)}, expected "
                            "whole numbers from 0 to 255; threshold or convert it")
     foreground = np.isin(rounded, config.label).astype(np.float32)
     return nib.Nifti1Image(foreground, image.affine)
@@ -763,10 +765,10 @@ def read_scan(scan, config, labelled):
 
 def warn_if_cropped(path, mask, voxel_mm, config):
     """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
-    positions = np.argwhere(mask)[:, :2]                 # (N, 2), voxels along X and Y
+    positions = np.argwhere(mask)[:, :2]         # (N, 2), X, Y
     centre = (np.array(mask.shape[:2]) - 1) / 2
-    from_centre = np.abs(positions - centre) * voxel_mm[:2]      # mm
-    outside = (from_centre > config.crop * config.spacing / 2).any(1).sum()
+    millimetres = np.abs(positions - centre) * voxel_mm[:2]
+    outside = (millimetres > config.crop * config.spacing / 2).any(1).sum()
     if outside > 0.01 * len(positions):
         print(f"warning: {path}: {outside / len(positions):.0%} of its foreground is outside the "
               f"centre crop of {config.crop} px of {config.spacing} mm; raise --crop")
@@ -1278,7 +1280,8 @@ def draw_curves(checkpoints):
                           "--" if model == "teacher" else "-", color=COLORS[label],
                           label=label if first_run else None)
     axes[0].legend()
-    if axes[2].lines:                                    # none without validation subjects
+    # Without validation subjects there are no lines.
+    if axes[2].lines:
         axes[2].legend()
     return figure
 
@@ -1321,7 +1324,7 @@ def predict_volume(image, network, config, name="image"):
     network: as trained with config, whose spacing and crop are used -> array of image.shape,
     float32 in [0, 1]; 0 outside the crop. Warns if the mask is empty or touches the crop's border.
     """
-    images = read_images(image, config)                  # (Z, 1, crop, crop)
+    images = read_images(image, config)  # (Z, 1, crop, crop)
     device = next(network.parameters()).device
     probabilities = predict_probabilities(network, images.to(device)).cpu()
     # Nothing is foreground in an empty slice.
@@ -1333,7 +1336,7 @@ def predict_volume(image, network, config, name="image"):
               f"{config.spacing} mm")
     volume, voxel_mm = canonical(image)
     size = resampled_size(volume, voxel_mm, config.spacing)
-    result = np.zeros_like(volume)                       # (X, Y, Z), RAS
+    result = np.zeros_like(volume)       # (X, Y, Z), RAS
     # Undo to_slices, slice by slice.
     for z in range(volume.shape[2]):
         plane = center_crop(probabilities[z:z + 1], *size)
