@@ -851,6 +851,11 @@ def test_slices_are_named_by_their_run(tmp_path):
         assert data[name].where == [("", f"{subject}_run-{number}", z)
                                     for number in (1, 2) for z in range(3)]
 
+def test_a_folder_that_is_named_like_a_scan_is_none(tmp_path):
+    write_bids(tmp_path)
+    (tmp_path / "sub-a/anat/sub-a_run-2_T2starw.nii.gz").mkdir()
+    assert [scan.name for scan in mt.find_scans(tmp_path)] == ["sub-a_run-1"]
+
 def test_bids_sessions_are_scans_of_one_subject_with_masks_of_their_own(tmp_path):
     for k, (subject, session) in enumerate(itertools.product(("sub-01", "sub-02"), (1, 2))):
         stem = f"{subject}/ses-{session}/anat/{subject}_ses-{session}_T2starw"
