@@ -136,6 +136,14 @@ def test_consistency_loss_by_hand(loss, by_hand, everywhere):
         assert found == pytest.approx(expected, abs=1e-6)
     assert mt.consistency_loss(logits, teacher).item() == pytest.approx(np.mean(BCE), abs=1e-6)
 
+def test_a_confident_background_pixel_counts_and_an_uncertain_one_does_not():
+    logits = torch.tensor([math.log(3.0), 0.0])          # p 0.75, 0.5
+    teacher = torch.tensor([0.1, 0.5])                   # sure of the background; unsure
+    valid = torch.tensor([True, True])
+    by_hand = -0.1 * math.log(0.75) - 0.9 * math.log(0.25)
+    found = step_options(confidence=0.8)["consistency"](logits, teacher, valid).item()
+    assert found == pytest.approx(by_hand, abs=1e-6)
+
 @pytest.mark.parametrize("y", [0.1, 0.5, 0.9])
 def test_consistency_is_least_at_agreement_and_there_the_teachers_entropy(y):
     entropy = -y * math.log(y) - (1 - y) * math.log(1 - y)
