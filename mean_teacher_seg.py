@@ -1079,8 +1079,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = Config(**checkpoint["config"]), checkpoint["student"]
         require({"method", "seed", "history"} <= checkpoint.keys(), "parts are missing")
-    except OSError:
-        # for example, there is no such file
+    except FileNotFoundError:
         raise
     except Exception as error:
         # Unpickling can raise almost anything.
