@@ -28,7 +28,7 @@ New here? Read sections 3 to 6 first: they are the method, and need only copy, m
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
 
 Measured on real MRI (hippocampus, ten random splits), test Dice of the teacher minus that of the
-supervised network: +2.2 +- 0.7 with 2 labelled subjects, +0.3 to +0.5 with 4, 8 and 16, which may
+supervised network: +2.0 +- 0.9 with 2 labelled subjects, +0.3 to +0.5 with 4, 8 and 16, which may
 be chance. README.md has the table.
 
 The paper: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
