@@ -3251,6 +3251,7 @@ def test_the_notebook_is_committed_with_its_outputs_and_defines_nothing_of_the_s
     lines = [sum(bool(line.strip()) for line in cell["source"]) for cell in cells]
     assert sum(lines) <= 450 and len(json.loads(text)["cells"]) <= 100
     assert sorted(lines)[-2] <= 25                       # all but the setup fit on a screen
+    assert sum(count > 10 for count in lines) <= 8
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
