@@ -6,7 +6,7 @@ weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. A student ne
 learns from a few slices with masks. The weights of the teacher f(theta') are the exponential
 moving average of the student's. On every slice the student is trained to agree with the teacher.
 
-    Algorithm 1, as section 6 of this file implements it
+    Algorithm 1, as section 5 of this file implements it
      1  for each mini-batch of slices x, the labelled ones with masks y
      2      draw phi, a small affine transformation for every slice
      3      z  = f(theta, g(x; phi) + noise)          student: transformed BEFORE its forward pass
@@ -18,42 +18,41 @@ moving average of the student's. On every slice the student is trained to agree 
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
 
-New here? Read sections 3 to 6 first: they are the method, and need only copy, math and torch.
-
-    python mean_teacher_seg.py                    demo on a synthetic phantom, minutes on a CPU
-    python mean_teacher_seg.py --data DIR         your scans, the paper's settings; needs a GPU
-    python mean_teacher_seg.py --data DIR --preset demo         your scans, small enough for a CPU
-    python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN/mean_teacher-seed0.pt \\
-                                       --output MASK.nii.gz
-    torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10      many GPUs
-
-Measured on real MRI (hippocampus, ten random splits), test Dice of the teacher minus that of the
-supervised network: +2.0 +- 0.9 with 2 labelled subjects, +0.3 to +0.5 with 4, 8 and 16, which may
-be chance. README.md has the table.
-
-The paper: 1 configuration, 2 U-Net, 3 losses, 4 delayed augmentation, 5 teacher and ramps,
-6 training step. The rest: 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
+The method is sections 1 to 5, needs only copy, math and torch, and refers to nothing below it:
+1 U-Net, 2 losses, 3 delayed augmentation, 4 teacher and ramps, 5 training step. The program
+around it: 6 configuration, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
 12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper.
+
+    python mean_teacher_seg.py                   demo on a synthetic phantom, minutes on a CPU
+    python mean_teacher_seg.py --data DIR        your scans, the paper's settings; needs a GPU
+    python mean_teacher_seg.py --data DIR --preset demo --spacing 1 --crop 96    on a CPU, the
+                                                 central 96 mm x 96 mm of each slice
+    python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN.pt --output MASK.nii.gz
+    python mean_teacher_seg.py compare RUNS OTHER_RUNS        paired differences of two folders
+    torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10         many GPUs
+
+README.md says what it gains: with 2 labelled subjects, on real MRI, two points of Dice or less.
 """
 import argparse
-import collections
 import copy
 import csv
 import dataclasses
-import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.style
 import nibabel as nib
 import numpy as np
 import torch
@@ -62,90 +61,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 
-# --- 1. Configuration ----------------------------------------------------------------------------
-# Every default is the paper's (its section 3.1), except where the text says "authors" or "here".
-# authors: the paper is silent, the value is from the first author's public code for these data
-# (github.com/perone/medicaltorch) or for the follow-up study with the same settings
-# (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
-# here: our choice. Every field is an option of the command line.
-
-def option(default, help_text, least=0, most=1e9, choices=None):
-    metadata = {"help": help_text, "range": (least, most), "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The paper's experiment. dataclasses.replace() makes a variant of it."""
-    # What to run
-    data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; none: the phantom")
-    out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
-    runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
-    seed: int = option(0, "seed of the first run: weights, batches, augmentation")
-    device: str = option("auto", "cuda, mps, cpu or auto")
-    # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
-    spacing: float = option(0.25, "in-plane pixel size after resampling, mm", 0.02)
-    crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 8, 2048)
-    label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)", 1, 255)
-    rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
-    contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one (here)")
-    split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
-    split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
-    train: tuple = option((), "training subjects by name, instead of --split")
-    val: tuple = option((), "validation subjects by name; may stay empty")
-    test: tuple = option((), "test subjects by name")
-    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left")
-    # Network
-    width: int = option(64, "channels of the first block (authors)", 1)
-    dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
-    # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
-    epochs: tuple = option((1600, 350), "number of epochs", 1)
-    steps: int = option(0, "training steps, split evenly over the epochs; 0: an epoch is a pass")
-    batch: int = option(8, "labelled slices in a mini-batch", 1)
-    unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
-    lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
-    lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
-    weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
-    # Mean teacher
-    # Per pixel, the Dice gradient is about 1 / (foreground pixels), the consistency gradient w /
-    # (all pixels). So relative to the Dice loss, w is stronger where the share of foreground is
-    # larger. It is 0.4 % in the paper; for other data, tune w on validation subjects.
-    consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
-    consistency_ramp: int = option(100, "epochs of the ramp-up of w")
-    alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
-    alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
-    alpha_epochs: int = option(50, "epochs with --alpha, before --alpha-late")
-    consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
-                               choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
-                               "not help (paper, section 2)", 0, 1)
-    # Augmentation
-    degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
-    translation: float = option(0.0, "translation, uniform in +- this many px (here)")
-    scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of added Gaussian noise; the paper's N(0, 0.01) as variance")
-    # Evaluation
-    threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
-    validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
-
-
-# DEMO is small enough for two CPU cores. It was tuned for the supervised network, on validation
-# subjects, and then kept for both methods (README.md). All other values are Config's.
-DEMO = dataclasses.replace(
-    Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
-    width=8, dropout=0.0,
-    epochs=(30,), steps=700,
-    batch=4, unlabelled_batch=4,                         # more steps in the same time
-    lr=3e-3, lr_ramp=3, weight_decay=(2e-3,),            # a narrow network tolerates a higher lr
-    consistency_ramp=30, alpha=0.95, alpha_late=0.99, alpha_epochs=8,    # memory: 20, 100 steps
-    degrees=20.0, translation=3.0, scale=0.1, noise=0.2,  # stronger: there are few subjects
-    validate_every=5)
-
-
-# --- 2. U-Net ------------------------------------------------------------------------------------
+# --- 1. U-Net ------------------------------------------------------------------------------------
 # "A very simple U-Net architecture with 15 layers, Batch Normalization, Dropout and ReLU" (paper,
 # section 3.1). The paper stops there; widths and order are the authors': 3 blocks down, 1 at the
 # bottom, 3 up, two 3x3 convolutions each, and one more for the output. Nothing in the method
@@ -196,7 +112,7 @@ class UNet(nn.Module):
         return self.out(x)                               # (B, 1, H, W)
 
 
-# --- 3. Losses -----------------------------------------------------------------------------------
+# --- 2. Losses -----------------------------------------------------------------------------------
 
 def dice_loss(probabilities, masks):
     """Negative Dice coefficient over the whole mini-batch, in [-1, 0].
@@ -210,8 +126,8 @@ def dice_loss(probabilities, masks):
                          f"{tuple(probabilities.shape)} and {tuple(masks.shape)}")
     # L(theta) = - 2 sum_i p_i y_i / (sum_i p_i + sum_i y_i), i over all pixels of all slices.
     # One ratio per batch, not the mean of one ratio per slice: in a slice with little grey matter
-    # a single pixel would change the ratio a lot. No class weights are needed either: the
-    # 99.6 % background pixels add nothing to either sum where they are predicted correctly.
+    # a single pixel would change the ratio a lot. No class weights are needed either: background
+    # pixels (some 99.7 %, by Table 1) add nothing to either sum where they are predicted right.
     p, y = probabilities.float(), masks.float()
     smooth = 1e-4                                        # no 0 / 0 without any foreground
     return -(2 * (p * y).sum() + smooth) / (p.sum() + y.sum() + smooth)
@@ -241,7 +157,7 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
     return (distance * valid).sum() / valid.sum().clamp(min=1)
 
 
-# --- 4. Delayed augmentation ---------------------------------------------------------------------
+# --- 3. Delayed augmentation ---------------------------------------------------------------------
 # If the student's input is rotated, its prediction is rotated too. The teacher predicts from the
 # unrotated slice, so pixel by pixel the two predictions do not line up (paper, section 2.1).
 # Giving both networks the same rotated slice lines them up, but then they do not have to agree on
@@ -273,7 +189,8 @@ def warp(images, phi):
     """g(.; phi): resample images, masks or probabilities by an affine transformation.
 
     images (B, C, H, W) float, phi (B, 2, 3) in px as from sample_affine -> (B, C, H, W), float32.
-    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Source: paper, section 2.1.
+    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Raises ValueError for volumes
+    (B, C, D, H, W). Source: paper, section 2.1.
     """
     height, width = images.shape[-2:]
     # affine_grid uses coordinates from -1 to 1 along each side, whatever its length. Convert px;
@@ -318,15 +235,20 @@ def delayed_targets(teacher, images, phi, noise=0.1):
     return warp(probabilities, phi)
 
 
-# --- 5. Teacher and ramps ------------------------------------------------------------------------
+# --- 4. Teacher and ramps ------------------------------------------------------------------------
 
 def make_teacher(student):
     """A copy of the student that gets no gradient. Any nn.Module -> the same type.
 
     Each layer keeps its mode: one that is frozen in eval mode stays frozen. A teacher with random
     weights of its own (authors) would pull the student towards noise until the average has
-    forgotten them. Source: paper, section 2.
+    forgotten them. Raises ValueError for parameters in half precision. Source: paper, section 2.
     """
+    for name, parameter in student.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {parameter.dtype}, in which (1 - alpha) theta is rounded "
+                             "away and the teacher never moves: keep the parameters in float32, "
+                             "and use torch.autocast for speed")
     return copy.deepcopy(student).requires_grad_(False)
 
 
@@ -358,52 +280,72 @@ def learning_rate_factor(epoch, epochs, ramp):
     epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch it is 0, so of all
     weights only the teacher's change. Source: paper, section 3.1.
     """
-    if epoch <= ramp:
+    # A training of one epoch would consist of that last one only: no decay there.
+    if epoch <= ramp or epochs == 1:
         return ramp_up(epoch, ramp)
     return 0.5 * (1 + math.cos(math.pi * (epoch - ramp) / (epochs - ramp)))
 
 
-# --- 6. One training step = Algorithm 1 ----------------------------------------------------------
+# --- 5. One training step = Algorithm 1 ----------------------------------------------------------
+
+def two_views(student, teacher, x, affine, noise, amp, targets_of):
+    """Lines 2 to 4 of Algorithm 1: what student and teacher predict for one batch of slices.
+
+    Arguments as for train_step; x (B, C, H, W), labelled or not. -> phi (B, 2, 3) in px; logits
+    (B, 1, H, W) of the student; targets of that shape in [0, 1], from the teacher (None without
+    one); inside, bool of that shape: the pixels that have a target.
+    """
+    phi = sample_affine(len(x), *affine, device=x.device)                             # line 2
+    view, inside = augment(x, phi, noise)
+    targets = None
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        logits = student(view)                                                        # line 3
+        if teacher is not None:
+            targets = targets_of(teacher, x, phi, noise)                              # line 4
+    return phi, logits, targets, inside
+
 
 def train_step(student, teacher, optimizer, images, masks, unlabelled, step, weight=2.9,
                alpha=0.99, affine=(4.5, 0.0, 0.0), noise=0.1, amp=False,
                targets_of=delayed_targets, consistency=consistency_loss):
     """One step of Algorithm 1, in place. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
-    images (L, C, H, W) float, z-scored, with masks (L, 1, H, W) in {0, 1}; unlabelled (U, C, H,
-    W), U may be 0; step: number of steps before this one; weight: w; affine: degrees, translation,
-    scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the supervised
-    baseline, which ignores unlabelled. -> dict of float32 scalars: loss, dice_loss,
-    consistency_loss. Raises ValueError if a network is in eval mode. The caller counts step, ramps
-    weight and sets alpha and the learning rate, as train() in section 9 does.
+    images (B, C, H, W) float, z-scored, with masks (B, 1, H, W) in {0, 1}; unlabelled (U, C, H,
+    W), U may be 0; step: number of steps before this one; weight: w; affine: degrees, translation
+    in px and scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the
+    supervised baseline, which ignores unlabelled. -> dict of float32 scalars: loss, dice_loss,
+    consistency_loss. Raises ValueError for a network in eval mode and for masks outside [0, 1].
+    The caller counts step, ramps weight, and sets alpha and the learning rate, as train() in
+    section 9 does. In a run of less than some 1000 steps, use alpha 0.95 at first.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both, also after every evaluation")
-    logits, targets, valid = [], [], []
+    if not (masks.min() >= 0 and masks.max() <= 1):
+        raise ValueError(f"masks must be 0 or 1, got {masks.min():g} to {masks.max():g}: make "
+                         "them binary, for example (masks == 1).float()")
     # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
     # In one pass, BatchNorm would mix both, and the unlabelled slices would change the supervised
     # gradient even at w = 0. Separately, w = 0 IS the supervised step, given the same random
     # draws. (Only the running statistics, which evaluation uses, see both kinds of slices.)
-    for part, x in (("labelled", images), ("unlabelled", unlabelled)):
-        if part == "unlabelled" and (teacher is None or len(x) == 0):
-            continue
-        phi = sample_affine(len(x), *affine, device=x.device)                         # line 2
-        view, inside = augment(x, phi, noise)
-        valid.append(inside)
-        if part == "labelled":
-            warped_masks = (warp(masks, phi) >= 0.5).float()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            if teacher is not None:
-                targets.append(targets_of(teacher, x, phi, noise))                    # line 4
-            logits.append(student(view))                                              # line 3
-    loss = segmentation = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)   # line 5
-    disagreement = torch.zeros_like(loss)
+    options = (affine, noise, amp, targets_of)
+    phi, logits, targets, inside = two_views(student, teacher, images, *options)
+    all_logits, all_targets, all_inside = [logits], [targets], [inside]
+    if teacher is not None and len(unlabelled):
+        _, logits_u, targets_u, inside_u = two_views(student, teacher, unlabelled, *options)
+        all_logits.append(logits_u)
+        all_targets.append(targets_u)
+        all_inside.append(inside_u)
+
+    warped_masks = (warp(masks, phi) >= 0.5).float()
+    loss_dice = dice_loss(torch.sigmoid(logits.float()), warped_masks)                # line 5
+    loss_consistency = torch.zeros_like(loss_dice)
     if teacher is not None:
         # Pixels from outside the image have no target and are ignored. (The Dice loss does not
         # need this: there the mask is 0, and the student soon predicts 0.)
-        disagreement = consistency(torch.cat(logits), torch.cat(targets), torch.cat(valid))
-        loss = segmentation + weight * disagreement                                   # lines 6, 7
+        loss_consistency = consistency(torch.cat(all_logits), torch.cat(all_targets),
+                                       torch.cat(all_inside))                         # line 6
+    loss = loss_dice + weight * loss_consistency                                      # line 7
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()                                                                  # line 8
@@ -411,15 +353,105 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     if teacher is not None:
         # At first a plain mean of all students: alpha is 1/2, 2/3, 3/4, ... (authors), and 0.99
         # only at step 99. A constant 0.99 would keep the random first weights in the teacher for
-        # some 100 steps. The switch to 0.999 at epoch 51 is gradual in the same way: with the
-        # paper's 10 steps per epoch, alpha is 0.998 by then and reaches 0.999 only at step 999.
+        # some 100 steps. With the paper's 10 steps per epoch, the switch to 0.999 at epoch 51
+        # makes alpha 0.998, and it reaches 0.999 at step 999.
         update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))              # line 10
-    return {"loss": loss.detach(), "dice_loss": segmentation.detach(),
-            "consistency_loss": disagreement.detach()}
+    return {"loss": loss.detach(), "dice_loss": loss_dice.detach(),
+            "consistency_loss": loss_consistency.detach()}
+
+
+# --- 6. Configuration ----------------------------------------------------------------------------
+# The paper ends here. The rest of the file is what it takes to run it.
+# Every default is the paper's (its section 3.1), except where the text says "authors" or "here".
+# authors: the paper is silent, the value is from the first author's public code for these data
+# (github.com/perone/medicaltorch) or for the follow-up study with the same settings
+# (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
+# here: our choice. Every field is an option of the command line.
+
+def option(default, help_text, least=0, most=1e9, choices=None):
+    metadata = {"help": help_text, "range": (least, most), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The paper's experiment. dataclasses.replace() makes a variant of it."""
+    # What to run
+    data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; none: the phantom")
+    out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
+    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
+    runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
+    seed: int = option(0, "seed of the first run: weights, batches, augmentation")
+    device: str = option("auto", "cuda, mps, cpu or auto")
+    # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
+    spacing: float = option(0.25, "in-plane pixel size after resampling, mm", 0.02)
+    crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 16, 2048)
+    label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)")
+    rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
+    contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one (here)")
+    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "what is removed from a "
+                        "scan's name to get the individual, a regular expression (here)")
+    background: str = option("drop", "training slices without foreground; keep them if the "
+                             "structure ends inside similar tissue", choices=["drop", "keep"])
+    split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
+    split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
+    train: tuple = option((), "training subjects by name, instead of --split")
+    val: tuple = option((), "validation subjects by name; may stay empty")
+    test: tuple = option((), "test subjects by name; none: no test")
+    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left")
+    # Network
+    width: int = option(64, "channels of the first block (authors)", 1)
+    dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
+    # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
+    epochs: tuple = option((1600, 350), "number of epochs", 1)
+    steps: int = option(0, "training steps, split evenly over the epochs; 0: an epoch is a pass")
+    batch: int = option(8, "labelled slices in a mini-batch", 1)
+    unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
+    lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
+    lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
+    weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
+    # Mean teacher
+    # Per pixel, the Dice gradient is about 1 / (foreground pixels), the consistency gradient w /
+    # (all pixels). So relative to the Dice loss, w is stronger where the share of foreground is
+    # larger. In the paper it is about 0.3 % (estimated from Table 1). For other data, tune w on
+    # validation subjects.
+    consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
+    consistency_ramp: int = option(100, "epochs of the ramp-up of w")
+    alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
+    alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
+    alpha_epochs: int = option(50, "epochs with --alpha, before --alpha-late")
+    consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
+    augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
+                               choices=["delayed", "same"])
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
+                               "not help (paper, section 2)", 0, 1)
+    # Augmentation
+    degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
+    translation: float = option(0.0, "translation, uniform in +- this many px (here)")
+    scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
+    noise: float = option(0.1, "std of added Gaussian noise; the paper's N(0, 0.01) as variance")
+    # Evaluation
+    threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
+    validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
+
+
+# DEMO is small enough for two CPU cores. All values that it does not name are Config's. They were
+# tuned on validation subjects of other phantoms: first for the supervised network alone (dropout,
+# lr, weight decay, steps), then w for the mean teacher.
+DEMO = dataclasses.replace(
+    Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
+    split=(1, 2, 3),                                     # few labels, where the method helps most
+    width=8, dropout=0.05,
+    epochs=(30,), steps=700,
+    batch=4, unlabelled_batch=4,                         # more steps in the same time
+    lr=3e-3, lr_ramp=3, weight_decay=(2e-3,),            # a narrow network tolerates a higher lr
+    consistency_ramp=30, alpha=0.95, alpha_late=0.99, alpha_epochs=8,    # memory: 20, 100 steps
+    degrees=20.0, translation=3.0, scale=0.1, noise=0.2,  # stronger: there are few subjects
+    validate_every=5)
 
 
 # --- 7. Data -------------------------------------------------------------------------------------
-# The paper ends here. The rest of the file is what it takes to run it.
 # Volumes become axial slices: rows run from anterior to posterior, columns from the subject's left
 # to the right (neurological convention). All slices are on the device before the first step.
 
@@ -432,215 +464,206 @@ def require(condition, message):
         raise InputError(message)
 
 
+noted = set()
+
+
+def note_once(text, example):
+    """Print a note for the first of many files that need it."""
+    if text not in noted:
+        print(f"note: {text}; for example {example}")
+        noted.add(text)
+
+
 class Scan(NamedTuple):
     site: str                                            # SCGM: "site1"; other layouts: ""
     subject: str                                         # "site1-sc01"; BIDS: "sub-9709Ses1"
-    name: str                                            # as subject; BIDS: "sub-9709Ses1_run-1"
+    name: str                                            # BIDS: "sub-9709Ses1_run-1_T2starw"
     image: Path
-    masks: dict                                          # rater or ANY -> file; {}: unlabelled
-
-    @property
-    def individual(self):
-        # sub-9709Ses1 and sub-9709Ses2 are one individual.
-        return re.sub(r"Ses\d+$", "", self.subject)
-
-
-# The key of a mask whose file name has no rater
-ANY = "any"
+    masks: dict                                          # name -> Path; {}: unlabelled
 
 
 class Slices(NamedTuple):
     images: torch.Tensor                                 # (N, 1, H, W) float32, z-scored per slice
     masks: torch.Tensor                                  # as images, in {0, 1}; unlabelled: none
-    where: list                                          # N times (site, scan, slice from 0)
+    where: list                                          # N times (site, scan, slice from below)
+    checksums: dict = {}                                 # scan -> SHA-256 of its files
 
 
-def find_files(folder, pattern):
-    """Files below a folder that match a glob pattern. -> sorted list of Path
+def list_nifti(folder):
+    """All NIfTI files below a folder. -> dict: path below it without .nii or .nii.gz -> Path
 
-    glob.glob follows links to folders and skips hidden files. Broken links stay in the list, so
-    that reading them reports their names.
+    Follows links, skips hidden files. Broken links are listed: reading them reports their names.
     """
-    paths = [Path(folder, name) for name in glob.glob(pattern, root_dir=folder, recursive=True)]
-    return sorted(path for path in paths if not path.is_dir())
+    def stop(error):
+        raise error
+
+    files = {}
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(names):
+            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name)
+            if match:
+                key = Path(parent, match[1]).relative_to(folder).as_posix()
+                require(key not in files, f"{parent}: has {match[1]} as .nii and as .nii.gz")
+                files[key] = Path(parent, name)
+    return files
 
 
-def find_scgm(folder):
-    """siteS-scNN-image.nii.gz at any depth, with siteS-scNN-mask-rR.nii.gz beside it."""
-    scans = []
-    for image in find_files(folder, "**/site?-sc[0-9][0-9]-image.nii.gz"):
-        name = image.name.removesuffix("-image.nii.gz")
-        scan = Scan(name[:5], name, name, image, {})
-        # sc11 to sc20 are the challenge's test half: unlabelled, even if a mask lies beside them.
-        if int(name[-2:]) <= 10:
-            for mask in find_files(image.parent, f"{name}-mask-r?.nii.gz"):
-                rater = mask.name.removesuffix(".nii.gz")[-1]
-                scan.masks[rater] = mask
-            if not scan.masks:
-                print(f"warning: {image}: no {name}-mask-r* found; it is unlabelled")
-        scans.append(scan)
-    return scans
+def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, rater=Config.rater):
+    """List the scans below a folder. -> list of Scan; InputError if none.
 
-
-def find_bids(folder, contrasts, mask_names):
-    """sub-*/**/anat/*_CONTRAST.nii.gz, with masks in derivatives/labels/ + the same folder.
-
-    A mask's name is the image's name + _ + one of mask_names + anything. The first one is used.
+    Three layouts, with .nii.gz or .nii (* stands for anything, ** for any folders):
+    SCGM: **/siteS-scNN-image, its mask siteS-scNN-mask-rRATER beside it.
+    BIDS: sub-*/**/anat/*_CONTRAST, one of contrasts; the mask in derivatives/labels/ + the same
+    folder, named as the image, with or without _CONTRAST, + _ + one of mask_names + anything.
+    Decathlon: imagesTr/NAME and imagesTs/NAME, the mask labelsTr/NAME.
     """
-    scans, unmatched = [], []
-    for contrast in contrasts:
-        for image in find_files(folder, f"sub-*/**/anat/*_{glob.escape(contrast)}.nii.gz"):
-            stem = image.name.removesuffix(".nii.gz")
+    require(Path(folder).is_dir(), f"{folder}: no such folder; give that of your scans to --data")
+    files = list_nifti(folder)
+    scans = {}
+    for key, image in files.items():
+        place, _, name = key.rpartition("/")
+        site, subject, masks, mask_expected = "", name, [], False
+        scgm = re.fullmatch(r"((site\d)-sc(\d\d))-image", name)
+        suffixes = [contrast for contrast in contrasts if name.endswith(f"_{contrast}")]
+        if scgm:
+            subject, site, number = scgm.groups()
+            name = subject
+            # sc11 to sc20 are the challenge's test half: unlabelled in any case.
+            if int(number) <= 10:
+                mask_expected, masks = True, [key.removesuffix("image") + f"mask-r{rater}"]
+        elif suffixes and re.fullmatch("sub-[^/]+/(.+/)?anat", place):
+            subject = place.split("/")[0]
+            stem = name.removesuffix("_" + max(suffixes, key=len))
             # Only magnitude images, and nothing that was derived from an image
             if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
+                note_once("derived and non-magnitude images are left out; name them in --contrast "
+                          "to use them, as desc-preproc_T1w", name)
                 continue
-            place = image.parent.relative_to(folder)
-            labels = folder / "derivatives/labels" / place
-            masks = []
-            for mask_name in mask_names:
-                masks += find_files(labels, f"{glob.escape(f'{stem}_{mask_name}')}*.nii.gz")
-            name = stem.removesuffix(f"_{contrast}")
-            # Two contrasts of one subject need two names.
-            if name in [scan.name for scan in scans]:
-                name = stem
-            scan = Scan("", place.parts[0], name, image, {})
-            if masks:
-                scan.masks[ANY] = masks[0]
-            elif find_files(labels, "*.nii.gz"):
-                unmatched.append(scan.name)
-            scans.append(scan)
-    # A mask under another name must not go unnoticed. One warning is enough.
-    if unmatched:
-        print(f"warning: {len(unmatched)} scans count as unlabelled, for example {unmatched[0]}: "
-              "their folder in derivatives/labels has files, but none named as the image + _ + "
-              f"{' or '.join(mask_names)} + anything; see --mask-name")
-    return scans
-
-
-def find_decathlon(folder):
-    """imagesTr/NAME.nii.gz with labelsTr/NAME.nii.gz, and imagesTs without masks."""
-    scans = []
-    masks = {mask.name: mask for mask in find_files(folder, "labelsTr/*.nii.gz")}
-    for image in find_files(folder, "imagesT[rs]/*.nii.gz"):
-        name = image.name.removesuffix(".nii.gz")
-        scan = Scan("", name, name, image, {})
-        if image.parent.name == "imagesTr" and image.name in masks:
-            scan.masks[ANY] = masks.pop(image.name)
-        scans.append(scan)
-    if scans and masks:
-        print(f"warning: {len(masks)} masks in labelsTr belong to no image in imagesTr, for "
-              f"example {min(masks)}; give a mask the name of its image")
-    return scans
-
-
-def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name):
-    """List the scans below a folder, in any of three layouts. -> list of Scan; InputError if none.
-
-    For the layouts see find_scgm, find_bids (contrasts: suffixes of the images; mask_names: what
-    follows the image's name in a mask's) and find_decathlon.
-    """
-    folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; give the folder of your scans to --data")
-    scans = find_scgm(folder) + find_bids(folder, contrasts, mask_names) + find_decathlon(folder)
+            labels = f"derivatives/labels/{place}/"
+            beside = [path for path in files if path.startswith(labels)]
+            mask_expected = len(beside) > 0
+            for base, mask_name in itertools.product((name, stem), mask_names):
+                start = f"{labels}{base}_{mask_name}"
+                masks += [path for path in beside if path.startswith(start)]
+        elif place == "imagesTr":
+            mask_expected, masks = True, [f"labelsTr/{name}"]
+        elif place != "imagesTs":
+            continue
+        masks = {mask: files[mask] for mask in masks if mask in files}
+        if len(masks) > 1:
+            note_once("where several masks match --mask-name, the first is used", list(masks))
+        if mask_expected and not masks:
+            note_once("scans without a mask where one was expected count as unlabelled; see "
+                      f"--mask-name {' '.join(mask_names)} and --rater {rater}", image)
+        require(name not in scans, f"{image}: another scan has the name {name}; rename one")
+        scans[name] = Scan(site, subject, name, image, masks)
     require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, "
                    f"sub-*/**/anat/*_CONTRAST.nii.gz with CONTRAST {' or '.join(contrasts)} (see "
                    "--contrast), or imagesTr/*.nii.gz below it")
-    return scans
+    return list(scans.values())
 
 
-def draw_subjects(scans, config):
-    """The random split. -> dict: test, val, train -> set of subjects. InputError if too few."""
-    chosen = {"test": set(), "val": set(), "train": set()}
-    generator = np.random.default_rng(config.split_seed)
-    # A site may have unlabelled scans only.
-    sites = {scan.site for scan in scans if scan.masks}
-    for site in sorted(sites) or [""]:
-        labelled = [scan for scan in scans if scan.masks and scan.site == site]
-        individuals = sorted({scan.individual for scan in labelled})
-        require(len(individuals) >= sum(config.split),
-                f"{len(individuals)} subjects with masks in {site or config.data}, too few for "
-                f"--split {config.split}; lower it")
-        order = list(generator.permutation(individuals))
+def individual(scan, config):
+    """Several scans can be of one person: sub-9709Ses1 and sub-9709Ses2 are sub-9709."""
+    return re.sub(config.visit, "", scan.subject)
+
+
+def assign_roles(scans, config):
+    """Who is trained, validated and tested on. -> dict: individual -> train, val, test, unlabelled
+
+    The individuals named by --train, --val, --test and --unlabelled; without the first three, a
+    random --split of each site's individuals with masks. Every individual has one role, so that no
+    visit of a test subject is ever trained on. InputError for unknown names and for two roles.
+    """
+    roles = {}
+    if not (config.train or config.val or config.test):
+        generator = np.random.default_rng(config.split_seed)
         # Test subjects are drawn first, so that they do not depend on the number to train with.
-        for name, count in zip(chosen, reversed(config.split)):
-            drawn, order = order[:count], order[count:]
-            chosen[name].update(scan.subject for scan in labelled if scan.individual in drawn)
-    return chosen
+        n_train, n_val, n_test = config.split
+        drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
+        labelled = [scan for scan in scans if scan.masks]
+        for site in sorted({scan.site for scan in labelled}):
+            people = {individual(scan, config) for scan in labelled if scan.site == site}
+            require(len(people) >= len(drawn),
+                    f"{len(people)} subjects with masks in {site or config.data}, too few for "
+                    f"--split {config.split}; lower it")
+            roles |= dict(zip(generator.permutation(sorted(people)), drawn))
+    for role in ("train", "val", "test", "unlabelled"):
+        for name in getattr(config, role):
+            found = [scan for scan in scans if scan.subject == name]
+            require(found and (role == "unlabelled" or any(scan.masks for scan in found)),
+                    f"--{role} {name}: no subject of that name" + " has a mask" * bool(found))
+            other = roles.setdefault(individual(found[0], config), role)
+            require(other == role or (other, role) == ("train", "unlabelled"),
+                    f"--{role} {name}: is in --{other} as well; choose one")
+    return roles
 
 
 def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
-    The first three are those named by --train, --val and --test or, without these options, a
-    random --split of the subjects of each site. No individual is in two of them. Unlabelled are
-    the remaining scans of the subjects named by --unlabelled, whoever these are. By default they
-    are the remaining scans of all individuals that are not in the validation or test set; under a
-    random split, only scans without a mask.
+    Unlabelled are all scans that remain of individuals who are not validated or tested on (of
+    those in --unlabelled, if given); after a random split, only the ones without masks, if any.
     """
-    labelled = [scan for scan in scans if scan.masks]
-    names = {name: set(getattr(config, name)) for name in ("train", "val", "test", "unlabelled")}
-    for name, subjects in names.items():
-        known = {scan.subject for scan in (scans if name == "unlabelled" else labelled)}
-        require(subjects <= known, f"--{name}: no subject {' '.join(sorted(subjects - known))} "
-                                   f"{'found' if name == 'unlabelled' else 'with a mask found'}")
-    by_name = bool(names["train"] | names["val"] | names["test"])
-    if by_name:
-        require(config.train and config.test, "--train and --test must both be given")
-    else:
-        names.update(draw_subjects(scans, config))
-
-    sets, individuals = {}, {}
-    for name in ("train", "val", "test"):
-        sets[name] = [scan for scan in labelled if scan.subject in names[name]]
-        individuals[name] = {scan.individual for scan in sets[name]}
-    for one, other in itertools.combinations(sets, 2):
-        both = individuals[one] & individuals[other]
-        require(not both, f"{' '.join(sorted(both))} is in --{one} and in --{other}; choose one")
-    used = sets["train"] + sets["val"] + sets["test"]
-    unused = [scan for scan in scans if scan not in used]
+    require(any(scan.masks for scan in scans),
+            f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} beside SCGM "
+            "images, in derivatives/labels for the BIDS image's name + _ + "
+            f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
+    by_name = config.train or config.val or config.test
+    require(config.train or not by_name, "--val and --test need --train")
+    roles = assign_roles(scans, config)
+    sets, rest = {"train": [], "val": [], "test": []}, []
+    for scan in scans:
+        role = roles.get(individual(scan, config))
+        if role in sets and scan.masks and scan.subject in (getattr(config, role) or scan.subject):
+            sets[role].append(scan)
+        elif role not in ("val", "test"):
+            rest.append(scan)
     if config.unlabelled:
-        sets["unlabelled"] = [scan for scan in unused if scan.subject in names["unlabelled"]]
-    else:
-        held_out = individuals["val"] | individuals["test"]
-        sets["unlabelled"] = [scan for scan in unused if scan.individual not in held_out
-                              and (by_name or not scan.masks)]
-    return sets
+        rest = [scan for scan in rest if scan.subject in config.unlabelled]
+    elif not by_name:
+        rest = [scan for scan in rest if not scan.masks] or rest
+    return sets | {"unlabelled": rest}
 
 
 def load_nifti(path, spacing):
-    """Read a 3-D NIfTI and check it. -> nibabel image in memory, float32
+    """Read a NIfTI file to its end and check it. -> 3-D nibabel image, float32; SHA-256
 
     InputError if it cannot be used, also if its slices would be too large at `spacing` mm.
     """
     try:
-        # Let nibabel raise for voxel sizes <= 0, instead of repairing them and writing to its log.
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            # This compares gzip's own checksum, which nibabel does not reach.
+            content = gzip.decompress(content)
+        # nibabel repairs some headers, and would print that on a line of its own.
         nib.imageglobals.logger.setLevel("CRITICAL")
-        with nib.imageglobals.ErrorLevel(30):
-            image = nib.load(path)
-        require(isinstance(image, nib.Nifti1Image), "not a NIfTI file; convert it")
+        nifti2 = nib.Nifti2Header.may_contain_header(content[:540])
+        image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         # (X, Y, Z, 1) is three-dimensional.
         image = nib.squeeze_image(image)
-        shape, unit = image.shape, image.header.get_xyzt_units()[0]
-        dtype = image.get_data_dtype()
+        header, shape, dtype = image.header, image.shape, image.get_data_dtype()
+        unit = header.get_xyzt_units()[0]
         require(dtype.kind in "biuf", f"{dtype} voxels, expected one real number each; convert it "
                                       "(complex: take the magnitude)")
-        require(len(shape) == 3, f"{len(shape)} dimensions, expected 3; save one volume of it")
-        require(0 < math.prod(shape) <= 2 ** 30,
-                f"{' x '.join(map(str, shape))} voxels, expected 1 to 2^30; crop it")
+        require(len(shape) == 3 and min(shape) > 0,
+                f"{' x '.join(map(str, shape))} voxels, expected three dimensions; save one "
+                "volume of it")
         require(unit in ("mm", "unknown"), f"voxel sizes in {unit}, expected mm; convert it")
-        zooms = image.header.get_zooms()
-        sizes = [*nib.affines.voxel_sizes(image.affine), *zooms]
-        require(min(sizes) > 0.01 and max(sizes) < 100
-                and np.isfinite(nib.io_orientation(image.affine)).all(),     # NaN: singular
-                f"implausible voxel sizes {[round(float(mm), 3) for mm in sizes]} mm, or a "
-                "singular affine; correct its header")
-        in_plane = nib.io_orientation(image.affine)[:, 0] < 2
-        side = np.multiply(shape, zooms)[in_plane].max() / spacing
-        require(side <= 2 ** 13, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
-                                 "8192 at most; check --spacing and the voxel sizes")
+        sizes, zooms = nib.affines.voxel_sizes(image.affine), np.array(header.get_zooms())
+        require(min(sizes) > 0.01 and max(sizes) < 100 and np.allclose(sizes, zooms, rtol=0.02),
+                f"implausible voxel sizes, {sizes.round(3)} mm by its affine and {zooms.round(3)} "
+                "mm by pixdim; correct its header")
+        axes = nib.io_orientation(image.affine)[:, 0]
+        require(np.isfinite(axes).all(), "singular affine; correct its header")
+        side = (shape * sizes)[axes < 2].max() / spacing
+        require(side <= 8192, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
+                              "8192 at most; check --spacing and the voxel sizes")
         volume = image.get_fdata(dtype=np.float32)
         require(np.isfinite(volume).all(), "NaN or infinite voxels; replace them")
-        return nib.Nifti1Image(volume, image.affine, image.header)
+        checksum = hashlib.sha256(content).hexdigest()
+        return nib.Nifti1Image(volume, image.affine, header), checksum
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:
@@ -655,34 +678,37 @@ def canonical(image):
     return image.get_fdata(dtype=np.float32), nib.affines.voxel_sizes(image.affine)
 
 
-def read_mask(scan, config, image):
-    """The foreground of a scan. -> nibabel image in {0, 1}, on the voxel grid of the scan's image.
+def read_mask(path, config, image):
+    """The foreground of a scan. -> nibabel image in {0, 1} on the image's voxel grid; SHA-256
 
-    InputError if the mask is on another grid or has values other than whole numbers from 0 to 255.
-    A corner may be off by a quarter of a voxel: published masks differ from their images in the
-    header's fourth decimal.
+    InputError if the mask is on another grid or has values other than whole numbers. A corner may
+    be off by a quarter of a voxel: published masks differ from their images in the header's fourth
+    decimal.
     """
-    rater = ANY if ANY in scan.masks else config.rater
-    require(rater in scan.masks, f"{scan.image}: no mask of rater {rater}; choose another --rater")
-    path = scan.masks[rater]
-    mask = load_nifti(path, config.spacing)
+    stored, checksum = load_nifti(path, config.spacing)
     # Store the mask along the image's own axes. Turning each to RAS by its own affine would fail
     # near 45 degrees, where a rounding error decides which axis is closest.
     to_image = np.linalg.inv(image.affine)
-    mask = mask.as_reoriented(nib.io_orientation(to_image @ mask.affine))
+    mask = stored.as_reoriented(nib.io_orientation(to_image @ stored.affine))
     # The corners in voxels, and where the mask's lie
-    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in image.shape])))
+    corners = np.indices((2, 2, 2)).reshape(3, 8).T * image.shape - 0.5
     moved = nib.affines.apply_affine(to_image @ mask.affine, corners)
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
-            f"{path}: is not on the grid of its image, {image.shape}; resample it")
+            f"{path}: is not on the grid of its image: " +
+            ("the affines in their headers differ; if the voxels fit, copy the image's header"
+             if stored.shape == image.shape else
+             f"{stored.shape} voxels, expected {image.shape}; resample it"))
     values = mask.get_fdata(dtype=np.float32)
     # Re-saved files can have rounding errors.
     rounded = np.rint(values)
-    bad = (np.abs(values - rounded) > 0.02) | (rounded < 0) | (rounded > 255)
+    bad = np.abs(values - rounded) > 0.02
     require(not bad.any(), f"{path}: has values {np.unique(values[bad])[:4].round(3)}, expected "
-                           "whole numbers from 0 to 255; threshold or convert it")
-    foreground = np.isin(rounded, config.label).astype(np.float32)
-    return nib.Nifti1Image(foreground, image.affine)
+                           "whole numbers; threshold or convert it")
+    foreground = np.isin(rounded, config.label)
+    if not foreground.any():
+        print(f"warning: {path}: no voxel of --label {config.label}, its values are "
+              f"{np.unique(rounded)[:8].astype(int)}")
+    return nib.Nifti1Image(foreground.astype(np.float32), image.affine), checksum
 
 
 def center_crop(slices, height, width):
@@ -701,8 +727,7 @@ def center_crop(slices, height, width):
 
 def resampled_size(volume, voxel_mm, spacing):
     """Height and width in px of an axial slice of (X, Y, Z), resampled to `spacing` mm."""
-    height = max(1, round(float(volume.shape[1] * voxel_mm[1] / spacing)))
-    width = max(1, round(float(volume.shape[0] * voxel_mm[0] / spacing)))
+    width, height = np.rint(volume.shape[:2] * voxel_mm[:2] / spacing).astype(int).clip(1)
     return height, width
 
 
@@ -740,60 +765,72 @@ def normalise(slices):
 
 def read_images(image, config):
     """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
-    slices = normalise(to_slices(*canonical(image), config))
+    volume, voxel_mm = canonical(image)
+    if max(voxel_mm[:2]) > 1.5 * voxel_mm[2]:
+        note_once("scans that are thickest along x or y are cut into axial slices, too",
+                  f"voxels of {voxel_mm.round(2)} mm")
+    slices = normalise(to_slices(volume, voxel_mm, config))
     # This pads slices that are smaller than the crop.
     return center_crop(slices, config.crop, config.crop)
 
 
-def read_scan(scan, config, labelled):
+def read_scan(scan, config, labelled, background):
     """The slices of one scan -> Slices. The masks of an unlabelled scan are not even opened.
 
-    Slices without contrast are dropped and, in a labelled scan, those without foreground: the
-    paper's counts of slices fit that.
+    Slices without contrast are dropped and, in a labelled scan, those without foreground (the
+    paper's counts of slices fit that), unless `background` keeps them.
     """
-    image = load_nifti(scan.image, config.spacing)
+    image, checksum = load_nifti(scan.image, config.spacing)
     images = read_images(image, config)
     keep = images.flatten(1).any(1)
     masks = images[:0]
     if labelled:
-        volume, voxel_mm = canonical(read_mask(scan, config, image))
+        path = next(iter(scan.masks.values()))
+        mask, mask_checksum = read_mask(path, config, image)
+        checksum += mask_checksum
+        volume, voxel_mm = canonical(mask)
+        warn_if_cropped(path, volume, voxel_mm, config)
         masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
         masks = center_crop(masks, config.crop, config.crop)
-        warn_if_cropped(scan.image, volume, voxel_mm, config)
-        keep &= masks.flatten(1).any(1)
+        foreground = keep & masks.flatten(1).any(1)
+        # A scan without any says nothing about the structure.
+        keep = keep & foreground.any() if background else foreground
         masks = masks[keep]
     if not keep.any():
         print(f"warning: {scan.image}: not used: inside the crop, no slice has contrast" +
-              (f" and a voxel of --label {config.label} in its mask" if labelled else ""))
+              (" and foreground" if labelled else ""))
     where = [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
-    return Slices(images[keep], masks, where)
+    return Slices(images[keep], masks, where, {scan.name: checksum})
 
 
 def warn_if_cropped(path, mask, voxel_mm, config):
     """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
     positions = np.argwhere(mask)[:, :2]         # (N, 2), X, Y
-    centre = (np.array(mask.shape[:2]) - 1) / 2
-    millimetres = np.abs(positions - centre) * voxel_mm[:2]
-    outside = (millimetres > config.crop * config.spacing / 2).any(1).sum()
-    if outside > 0.01 * len(positions):
-        print(f"warning: {path}: {outside / len(positions):.0%} of its foreground is outside the "
-              f"centre crop of {config.crop} px of {config.spacing} mm; raise --crop")
+    millimetres = np.abs(positions - (np.array(mask.shape[:2]) - 1) / 2) * voxel_mm[:2]
+    outside = (millimetres > config.crop * config.spacing / 2).any(1)
+    if outside.any() and outside.mean() > 0.01:
+        print(f"warning: {path}: {outside.mean():.0%} of the foreground is outside the centre "
+              f"crop of {config.crop} px of {config.spacing} mm; raise --crop")
 
 
 def load_data(config, device="cpu"):
-    """Read all that an experiment needs. -> dict of Slices: train, val, test, unlabelled."""
+    """Read all that an experiment needs. -> dict of Slices: train, val, test, unlabelled.
+
+    Validation and test sets keep their slices without foreground, for the Dice per scan.
+    """
     folder = Path(config.data or phantom_folder())
     if not config.data and not folder.exists():
         write_phantom(folder)
-    scans = find_scans(folder, config.contrast, config.mask_name)
+    scans = find_scans(folder, config.contrast, config.mask_name, config.rater)
     print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
-    nothing = torch.zeros(0, 1, config.crop, config.crop)
     data, faults = {}, []
     for name, members in split_scans(scans, config).items():
-        images, masks, where = [nothing], [nothing], []
+        nothing = torch.zeros(0, 1, config.crop, config.crop)
+        images, masks, where, checksums = [nothing], [nothing], [], {}
         for scan in members:
             try:
-                slices = read_scan(scan, config, labelled=name != "unlabelled")
+                slices = read_scan(scan, config, labelled=name != "unlabelled",
+                                   background=name != "train" or config.background == "keep")
             except InputError as error:
                 # All faults are reported at once.
                 faults.append(str(error))
@@ -801,17 +838,22 @@ def load_data(config, device="cpu"):
             images.append(slices.images)
             masks.append(slices.masks)
             where += slices.where
-        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device), where)
+            checksums |= slices.checksums
+        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device), where,
+                            checksums)
         print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
-    require(data["train"].where and data["test"].where,
+    require(data["train"].where and (data["test"].where or not data["test"].checksums),
             f"{folder}: no foreground in the training or test set; check --crop and --label")
+    if config.method != "supervised" and not data["unlabelled"].where:
+        print("warning: no unlabelled slices: the mean teacher trains on the labelled ones alone")
     return data
 
 
 # --- 8. Metrics and evaluation -------------------------------------------------------------------
 
 METRICS = ("dice", "miou", "accuracy", "precision", "recall", "specificity")
+COLUMNS = (*METRICS, "scan_dice")
 
 
 def segmentation_metrics(predictions, masks):
@@ -848,10 +890,24 @@ def predict_probabilities(model, images, batch=32):
 
 
 def evaluate(model, slices, config):
-    """segmentation_metrics of a network on Slices. -> dict of list of N floats in percent."""
+    """Metrics of a network on labelled Slices, in percent. -> dict of lists
+
+    The six of segmentation_metrics: one value for each slice that has foreground, as in the paper;
+    where: these slices. scan_dice: one value for each scan, over all its slices, as other tools
+    report it.
+    """
     predictions = predict_probabilities(model, slices.images) > config.threshold
-    metrics = segmentation_metrics(predictions, slices.masks)
-    return {name: values.tolist() for name, values in metrics.items()}
+    has_foreground = slices.masks.flatten(1).any(1)
+    metrics = segmentation_metrics(predictions[has_foreground], slices.masks[has_foreground])
+    metrics = {name: values.tolist() for name, values in metrics.items()}
+    metrics["where"] = list(itertools.compress(slices.where, has_foreground.tolist()))
+    metrics["scan_dice"] = []
+    names = np.array([name for _, name, _ in slices.where])
+    for scan in dict.fromkeys(names):
+        # All slices of a scan as one
+        p, y = predictions[names == scan].flatten(), slices.masks[names == scan].flatten()
+        metrics["scan_dice"] += segmentation_metrics(p[None], y[None])["dice"].tolist()
+    return metrics
 
 
 # --- 9. The training loop ------------------------------------------------------------------------
@@ -869,7 +925,7 @@ def build(config, method, device):
     student = build_network(config).to(device, memory_format=layout)
     teacher = make_teacher(student) if method == "mean_teacher" else None
     # The paper's L2 penalty is Adam's own weight_decay. AdamW's is a different method.
-    decay = config.weight_decay[-1 if method == "mean_teacher" else 0]
+    decay = config.weight_decay[-1 if teacher else 0]
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, betas=(0.9, 0.999),
                                  weight_decay=decay, fused=True)
     return student, teacher, optimizer
@@ -896,31 +952,12 @@ def step_options(config, device):
         confident = torch.maximum(targets, 1 - targets) >= config.confidence
         return distance(logits, targets, valid & confident)
 
-    # bfloat16 only where the GPU computes in it: older ones (T4, V100) emulate it slowly, or fail.
-    amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return {"affine": (config.degrees, config.translation, config.scale),
             "noise": config.noise,
-            "amp": amp,
+            # Older GPUs (T4, V100) emulate bfloat16 slowly, or fail.
+            "amp": device.type == "cuda" and torch.cuda.is_bf16_supported(False),
             "consistency": consistency,
             "targets_of": same_input_targets if config.augmentation == "same" else delayed_targets}
-
-
-def batch_sizes(config, method, data):
-    """-> numbers of labelled and unlabelled slices in a mini-batch; InputError if too small."""
-    n_labelled = min(config.batch, len(data["train"].images))
-    n_unlabelled = 0
-    if method == "mean_teacher" and len(data["unlabelled"].images):
-        n_unlabelled = config.unlabelled_batch
-    require(config.crop > 8 or (n_labelled != 1 and n_unlabelled != 1),
-            "--crop 8 and a batch of one slice leave one value per channel at the bottom of the "
-            "U-Net, which BatchNorm cannot normalise; raise --crop, --batch or --unlabelled-batch")
-    return n_labelled, n_unlabelled
-
-
-def shuffled(n, count, device):
-    """The first `count` indices of consecutive random permutations of range(n)."""
-    orders = [torch.randperm(n, device=device) for _ in range(math.ceil(count / n))]
-    return torch.cat(orders)[:count]
 
 
 def batches(data, steps, n_labelled, n_unlabelled):
@@ -930,133 +967,129 @@ def batches(data, steps, n_labelled, n_unlabelled):
     (n_unlabelled, 1, H, W). Unlike a zip of two loaders, which ends with the shorter one, it goes
     on with a new order when a set is used up.
     """
+    def shuffled(images, count):
+        orders = [torch.arange(0, device=images.device)]
+        for _ in range(math.ceil(steps * count / max(len(images), 1))):
+            orders.append(torch.randperm(len(images), device=images.device))
+        return torch.cat(orders)[:steps * count].view(steps, count)
+
     labelled, unlabelled = data["train"], data["unlabelled"]
-    device = labelled.images.device
-    labelled_order = shuffled(len(labelled.images), steps * n_labelled, device)
-    unlabelled_order = labelled_order[:0]
-    if n_unlabelled:
-        unlabelled_order = shuffled(len(unlabelled.images), steps * n_unlabelled, device)
-    for i in range(steps):
-        x = labelled_order[i * n_labelled:(i + 1) * n_labelled]
-        u = unlabelled_order[i * n_unlabelled:(i + 1) * n_unlabelled]
+    x_order = shuffled(labelled.images, n_labelled)
+    u_order = shuffled(unlabelled.images, n_unlabelled)
+    for x, u in zip(x_order, u_order):
         yield labelled.images[x], labelled.masks[x], unlabelled.images[u]
 
 
-def train(config, method, seed, data):
+def train(config, method, seed, data, after_epoch=None, trainings_left=0):
     """Train one network (and its teacher), and evaluate the last epoch on the test set.
 
-    method: supervised or mean_teacher; data: from load_data, on the device. Saves the files
-    METHOD-seedS.pt and .csv in config.out and continues from them if they exist; on a CPU, an
-    interrupted run ends bit for bit like an uninterrupted one. -> dict: history (a dict per
-    epoch), metrics[model][metric] (a list over the test slices), the state_dicts student, teacher.
+    method: supervised or mean_teacher; data: from load_data, on the device; after_epoch: called
+    with each epoch's row of the history and with the networks, student (and teacher), by name;
+    trainings_left: how many follow, for the time left. Saves METHOD-seedS.pt and .csv in
+    config.out and continues from them if they exist; on a CPU, an interrupted run ends bit for bit
+    like an uninterrupted one. -> dict: history (a dict per epoch), metrics[model][metric] (see
+    evaluate), the state_dicts student and teacher. InputError if the files are of another run.
     """
-    semi = method == "mean_teacher"
-    epochs = config.epochs[-1 if semi else 0]
-    n_labelled, n_unlabelled = batch_sizes(config, method, data)
-    steps = config.steps or epochs * (len(data["train"].images) // n_labelled)
-    device = data["train"].images.device
-    print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
-          f"{n_unlabelled} unlabelled slices per step, on {device.type}")
-    warn_of_short_ramps(config, epochs, semi)
-    print(" epoch    step   Dice loss   consistency   val. Dice: student   teacher   minutes left")
-    # This seed decides the initial weights.
-    torch.manual_seed(1_000_000 * seed)
+    torch.manual_seed(1_000_000 * seed)                  # decides the initial weights
+    device, n_slices = data["train"].images.device, len(data["train"].images)
     student, teacher, optimizer = build(config, method, device)
-    models = {"student": student, "teacher": teacher} if semi else {"student": student}
-    options = step_options(config, device)
+    models = {"student": student, "teacher": teacher} if teacher else {"student": student}
+    n_labelled = min(config.batch, n_slices)
+    n_unlabelled = config.unlabelled_batch if teacher and data["unlabelled"].where else 0
+    epochs = config.epochs[-1 if teacher else 0]
+    steps = config.steps or epochs * (n_slices // n_labelled)
+    epochs = min(epochs, steps)
     path = Path(config.out, f"{method}-seed{seed}.pt")
-    checkpoint = {"config": vars(config), "method": method, "seed": seed, "history": []}
-    if path.exists():
-        checkpoint = resume(path, method, seed, models, optimizer)
-    history = checkpoint["history"]
-    start, first_epoch = time.perf_counter(), len(history) + 1
+    run = start_run(path, config, method, seed, data, models, optimizer)
+    if run["finished"]:
+        print(f"{method}, seed {seed}: finished, see {path}")
+        return run
+    print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
+          f"{n_unlabelled} unlabelled slices per step, on {device.type}\n{PROGRESS}")
+    options, start, history = step_options(config, device), time.perf_counter(), run["history"]
+    first_step = steps * len(history) // epochs
 
-    for epoch in range(first_epoch, epochs + 1):
+    for epoch in range(len(history) + 1, epochs + 1):
         # Batches, phi, noise and Dropout. Reseeding at every epoch means that a checkpoint needs
         # no RNG state.
         torch.manual_seed(1_000_000 * seed + epoch)
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         optimizer.param_groups[0]["lr"] = lr
-        weight = config.consistency_weight * ramp_up(epoch, config.consistency_ramp)
+        w = config.consistency_weight * ramp_up(epoch, config.consistency_ramp) if teacher else 0
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
-
         # This epoch's share of the steps; without --steps, one pass over the labelled slices
         step, last_step = steps * (epoch - 1) // epochs, steps * epoch // epochs
-        dice_losses, consistency_losses = [], []
+        losses = []
         for x, y, u in batches(data, last_step - step, n_labelled, n_unlabelled):
-            losses = train_step(student, teacher, optimizer, x, y, u, step, weight, alpha,
-                                **options)
-            dice_losses.append(losses["dice_loss"])
-            consistency_losses.append(losses["consistency_loss"])
+            losses.append(train_step(student, teacher, optimizer, x, y, u, step, w, alpha,
+                                     **options))
             step += 1
-
-        row = {"epoch": epoch, "step": step, "lr": lr, "weight": weight,
-               "dice_loss": torch.stack(dice_losses).mean().item(),      # waits for the device
-               "consistency_loss": torch.stack(consistency_losses).mean().item(),
-               "val_student": math.nan, "val_teacher": math.nan}
-        if not semi:
-            row["weight"] = row["consistency_loss"] = math.nan
-        history.append(row)
+        row = {"epoch": epoch, "step": step, "lr": lr, "weight": w}
+        for name in ("dice_loss", "consistency_loss"):
+            row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
+        history.append(row | {"val_student": math.nan, "val_teacher": math.nan})
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
-            for name, model in models.items():
-                if data["val"].where:
-                    val_dice = evaluate(model, data["val"], config)["dice"]
-                    row[f"val_{name}"] = float(np.mean(val_dice))
-                checkpoint[name] = model.state_dict()
-            if epoch == epochs:
-                checkpoint["metrics"] = {name: evaluate(model, data["test"], config)
-                                         for name, model in models.items()}
-            checkpoint["optimizer"] = optimizer.state_dict()
-            save_csv(path.with_suffix(".csv"), history)
-            save(path, lambda file: torch.save(checkpoint, file))
-            seconds_per_epoch = (time.perf_counter() - start) / (epoch - first_epoch + 1)
-            print_progress(row, seconds_per_epoch * (epochs - epoch))
-    return checkpoint
+            save_epoch(run, path, config, models, optimizer, data, epoch == epochs)
+            pace = (time.perf_counter() - start) / (step - first_step)        # seconds per step
+            print_progress(history[-1], pace * (steps - step + trainings_left * steps))
+        if after_epoch:
+            after_epoch(history[-1], models)
+    return run
 
 
-def resume(path, method, seed, models, optimizer):
-    """Give networks and optimiser the state that train() saved. -> checkpoint"""
-    checkpoint = load_checkpoint(path)
-    require((checkpoint["method"], checkpoint["seed"]) == (method, seed),
-            f"{path}: holds {checkpoint['method']}, seed {checkpoint['seed']}; rename it")
+def start_run(path, config, method, seed, data, models, optimizer):
+    """A new run, or the one that train() saved, with its networks and optimiser. -> checkpoint"""
+    if not path.exists():
+        return {"config": vars(config), "scans": scan_checksums(data), "method": method,
+                "seed": seed, "history": [], "finished": False}
+    run = load_checkpoint(path)
+    check_run(path, run, config, data)
     for name, model in models.items():
-        model.load_state_dict(checkpoint[name])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint
+        load_weights(model, run, name, path)
+    optimizer.load_state_dict(run["optimizer"])
+    return run
 
 
-def warn_of_short_ramps(config, epochs, semi):
-    """Warn if the training ends before a ramp-up is complete, with the value that is reached."""
-    ramps = [("learning rate", config.lr, config.lr_ramp)]
-    if semi:
-        ramps.append(("weight w", config.consistency_weight, config.consistency_ramp))
-    for name, full, length in ramps:
-        if epochs < length:
-            print(f"warning: {epochs} epochs end before the ramp-up of {length} epochs: the "
-                  f"{name} reaches {full * ramp_up(epochs, length):.2g} instead of {full:g}")
+def save_epoch(run, path, config, models, optimizer, data, finished):
+    """Validate (after the last epoch, test as well), and write the checkpoint and the log."""
+    for name, model in models.items():
+        if data["val"].where:
+            dice = evaluate(model, data["val"], config)["dice"]
+            run["history"][-1][f"val_{name}"] = float(np.mean(dice))
+        run[name] = model.state_dict()
+    if finished and data["test"].where:
+        run["metrics"] = {name: evaluate(model, data["test"], config)
+                          for name, model in models.items()}
+    run.update(finished=finished, optimizer=optimizer.state_dict())
+    save_csv(path.with_suffix(".csv"), run["history"])
+    content = io.BytesIO()
+    torch.save(run, content)
+    save(path, content.getvalue())
+
+
+PROGRESS = (" epoch    step       lr     w   Dice loss   consistency   val. Dice: student   "
+            "teacher   minutes left")
 
 
 def print_progress(row, seconds):
-    """One line about an epoch, under the header that train() prints. row: of the history."""
-    line = f"{row['epoch']:6d} {row['step']:7d} {row['dice_loss']:11.4f}"
-    # NaN here means that there is no such value.
-    optional = f" {row['consistency_loss']:13.4f}"
-    optional += f" {row['val_student']:20.2f}"
-    optional += f" {row['val_teacher']:9.2f}"
-    line += optional.replace("nan", "  -")
-    print(f"{line} {seconds / 60:14.1f}", flush=True)
+    """One line about an epoch, under PROGRESS. row: of the history."""
+    # There is no score without a teacher, or without validation subjects.
+    scores = f"{row['val_student']:20.2f} {row['val_teacher']:9.2f}".replace("nan", "  -")
+    print(f"{row['epoch']:6d} {row['step']:7d} {row['lr']:8.2g} {row['weight']:5.2f} "
+          f"{row['dice_loss']:11.4f} {row['consistency_loss']:13.4f} {scores} "
+          f"{seconds / 60:14.1f}", flush=True)
 
 
-def save(path, write):
-    """Write a file atomically: write(file) fills a temporary file, which is then renamed."""
+def save(path, content):
+    """Write bytes atomically: to a temporary file, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps apart two processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
+            file.write(content)
             # The content must be on the disk before the file gets its name.
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -1070,35 +1103,55 @@ def save_csv(path, rows):
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    save(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
+    save(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = Config(**checkpoint["config"]), checkpoint["student"]
-        require({"method", "seed", "history"} <= checkpoint.keys(), "parts are missing")
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        Config(**run["config"])
+        parts = {"scans", "method", "seed", "history", "finished", "student", "optimizer"}
+        require(parts <= run.keys(), f"without {sorted(parts - run.keys())}")
+        return run
     except FileNotFoundError:
         raise
     except Exception as error:
         # Unpickling can raise almost anything.
         raise InputError(f"{path}: not a checkpoint of this version ({type(error).__name__}: "
                          f"{error}); give another file") from error
-    network = build_network(config)
+
+
+def check_run(path, run, config, data=None):
+    """InputError if a checkpoint has another name, other settings, or (with data) other scans."""
+    advice = f"give another --out, or delete {path.parent} to start again"
+    require(path.stem == f"{run['method']}-seed{run['seed']}",
+            f"{path}: holds {run['method']}, seed {run['seed']}; rename it")
+    # Runs, seeds and methods can be added, data can be moved, the device can change.
+    free = ("data", "out", "method", "runs", "seed", "device")
+    changed = [name for name, value in vars(config).items()
+               if name not in free and run["config"][name] != value]
+    require(not changed, f"{path}: was trained with another {', '.join(changed)}; {advice}")
+    if data:
+        changed = sorted(dict(run["scans"].items() ^ scan_checksums(data).items()))
+        require(not changed, f"{path}: was trained with other scans, or other files of them, for "
+                             f"example {changed[:1]}; {advice}")
+
+
+def scan_checksums(data):
+    """-> dict: set and scan -> SHA-256 of its files. data: from load_data."""
+    return {f"{name} {scan}": checksum for name, slices in data.items()
+            for scan, checksum in slices.checksums.items()}
+
+
+def load_weights(network, run, name, path):
+    """Load the student or the teacher of a checkpoint into a network."""
+    require(name in run, f"{path}: has no {name}; expected a run of the mean teacher")
     try:
-        network.load_state_dict(weights)
-    except Exception as error:
-        raise InputError(f"{path}: holds another network than build_network() makes ({error}); "
-                         "restore that function, or train with another --out") from error
-    return checkpoint
-
-
-def load_network(checkpoint, name):
-    """The student or the teacher of a checkpoint. -> network in eval mode"""
-    network = build_network(Config(**checkpoint["config"]))
-    network.load_state_dict(checkpoint[name])
-    return network.eval()
+        network.load_state_dict(run[name])
+    except Exception:
+        raise InputError(f"{path}: holds another network than build_network() makes; restore that "
+                         "function, or train with another --out") from None
 
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
@@ -1108,108 +1161,53 @@ LABELS = {("supervised", "student"): "supervised",
           ("mean_teacher", "student"): "mean teacher (student)",
           ("mean_teacher", "teacher"): "mean teacher (teacher)"}
 # The Okabe-Ito palette, which is safe for colour-blind readers
-COLORS = {"rater": "#009e73", "supervised": "#d55e00",
-          "mean teacher (student)": "#56b4e9", "mean teacher (teacher)": "#0072b2"}
+COLORS = {"rater": "#009e73", "supervised": "#d55e00", "mean_teacher": "#0072b2"}
 
 
-def experiment(config, overwrite=False):
+def experiment(config):
     """Train every method with every seed, evaluate, report. -> dict: scores, difference, table.
 
-    scores[row][metric]: a list over seeds of the mean over test slices, percent; difference: the
-    teacher's Dice minus the supervised network's, mean and standard error over seeds, or None.
-    Under torchrun the processes share the seeds; the one that ends last reports, the others return
-    None. InputError if config.out holds runs of other settings or slices.
+    See report(). Under torchrun the processes share the seeds; the one that ends last reports, the
+    others return None. InputError if config.out holds runs of other settings or scans.
     """
-    device = pick_device(config.device)
+    device, out = pick_device(config.device), Path(config.out)
     methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
-    # data: seed of a run -> its data; slices: name of a split -> set -> where
-    data, slices = {}, {}
+    data = {}                                            # seed of a run -> its data
     for seed in seeds:
         if config.split_seed == -1:
             data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
         else:
             data[seed] = data[config.seed] if data else load_data(config, device)
-        split_name = f"split {seed if config.split_seed == -1 else config.split_seed}"
-        slices[split_name] = {name: part.where for name, part in data[seed].items()}
-        for method in methods:
-            batch_sizes(config, method, data[seed])
+    scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
+    for path, run in folder_runs(out).items():
+        check_run(path, run, config, data.get(run["seed"]))
+        scans[f"run {run['seed']}"] = run["scans"]
+    record = {"config": vars(config), "scans": scans}
+    save(out / "config.json", json.dumps(record, indent=1).encode())
     # GPUs train separate runs in parallel: a batch of 16 small slices does not fill even one.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out = Path(config.out)
-    if overwrite:
-        require(world == 1, "--overwrite: not under torchrun; delete the old folder yourself")
-        remove_runs(out)
-    save_config(out, config, slices)
-    for seed in seeds[rank::world]:
-        for method in methods:
-            train(config, method, seed, data[seed])
+    mine = list(itertools.product(seeds[rank::world], methods))
+    for i, (seed, method) in enumerate(mine, start=1):
+        train(config, method, seed, data[seed], trainings_left=len(mine) - i)
 
-    checkpoints = []
-    for method, seed in itertools.product(methods, seeds):
-        path = out / f"{method}-seed{seed}.pt"
-        checkpoint = load_checkpoint(path) if path.exists() else {}
-        if "metrics" not in checkpoint:
-            print(f"{path}: not finished yet; the last process reports")
-            return None
-        checkpoints.append(checkpoint)
-    return report(config, checkpoints, data)
+    runs = [run for run in folder_runs(out).values() if run["finished"]]
+    finished = {(run["seed"], run["method"]) for run in runs}
+    if not finished >= set(itertools.product(seeds, methods)):
+        print("other processes have not finished yet; the last one reports")
+        return None
+    return report(config, runs, data[config.seed]["test"])
 
 
-def remove_runs(out):
-    """Delete the runs and results in a folder, for --overwrite."""
-    for pattern in ("*-seed*.pt", "*-seed*.csv", "config.json", "metrics.csv", "table.md",
-                    "curves.png", "examples.png"):
-        for path in out.glob(pattern):
-            path.unlink()
-
-
-def save_config(out, config, slices):
-    """Write config.json. InputError if the folder has runs of other settings or slices.
-
-    slices: dict: split -> set -> list of (site, scan, slice)
-    """
-    path, advice = out / "config.json", "choose another --out, or use --overwrite to replace them"
-    require(path.exists() or not list(out.glob("*-seed*.pt")),
-            f"{out}: has runs but no config.json; {advice}")
-    # As it comes back from the file: tuples become lists.
-    record = json.loads(json.dumps({"config": vars(config), "slices": slices}))
-    differs = []
-    try:
-        old = json.loads(path.read_text()) if path.exists() else record
-        for name, value in record["config"].items():
-            # Runs, seeds and methods can be added, data can be moved, the device can change.
-            free = name in ("data", "out", "method", "runs", "seed", "device")
-            if old["config"].get(name) != value and not free:
-                differs.append(name)
-        for split_name in old["slices"].keys() & slices.keys():
-            if old["slices"][split_name] != record["slices"][split_name]:
-                differs.append(f"the slices of {split_name}")
-        record["slices"] = old["slices"] | record["slices"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({error!r}); {advice}") from error
-    require(not differs, f"{out}: has runs with other {', '.join(differs)}; {advice}")
-    save(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
-    # Temporary files that killed processes have left
-    for part in out.glob(".*.part"):
-        try:
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink()
-        except FileNotFoundError:
-            # Another process has deleted it.
-            pass
-
-
-def pick_device(name="auto"):
+def pick_device(name):
     """Turn --device into a torch.device. Under torchrun, each process gets a GPU of its own."""
     try:
         if name == "auto":
-            name = "cpu"
-            if torch.accelerator.is_available():
-                name = torch.accelerator.current_accelerator().type
-        # If there are more processes than GPUs, some share one.
+            found = torch.accelerator.is_available()
+            name = torch.accelerator.current_accelerator().type if found else "cpu"
         if name == "cuda":
+            # If there are more processes than GPUs, some share one.
             rank = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
         one = torch.ones(1, device=name)
@@ -1220,114 +1218,159 @@ def pick_device(name="auto"):
         raise InputError(f"--device {name}: not available ({error}); try cpu") from error
 
 
-def report(config, checkpoints, data):
-    """Write table, per-slice metrics and pictures. data: seed of a run -> its data. -> dict
+def folder_runs(folder):
+    """The runs in a folder, by seed. -> dict: path -> checkpoint"""
+    runs = {path: load_checkpoint(path) for path in sorted(folder.glob("*-seed*.pt"))}
+    return dict(sorted(runs.items(), key=lambda item: item[1]["seed"]))
 
-    The dict is that of experiment().
+
+def report(config, runs, test_slices):
+    """Write table, per-slice metrics and pictures of finished runs. -> dict
+
+    scores[row][seed][metric]: mean over test slices (scan_dice: over scans), percent; difference:
+    the teacher's Dice minus the supervised network's, mean and standard error over runs, or None;
+    table: text. test_slices: those of the first run of the command, for the examples.
     """
-    out, scores, rows = Path(config.out), {}, []
-    for checkpoint in checkpoints:
-        method, seed = checkpoint["method"], checkpoint["seed"]
-        for model, metrics in checkpoint["metrics"].items():
-            row_scores = scores.setdefault(LABELS[method, model], {name: [] for name in METRICS})
-            for name in METRICS:
-                row_scores[name].append(float(np.mean(metrics[name])))
-            for k, (site, scan, z) in enumerate(data[seed]["test"].where):
-                row = {"method": method, "seed": seed, "model": model,
+    out, scores, rows = Path(config.out), mean_scores(runs), []
+    table, difference, figures = "no test subjects", None, {"curves": draw_curves(runs)}
+    for run in runs:
+        for model, metrics in run.get("metrics", {}).items():
+            for k, (site, scan, z) in enumerate(metrics["where"]):
+                row = {"method": run["method"], "seed": run["seed"], "model": model,
                        "site": site, "subject": scan, "slice": z}
-                row.update((name, metrics[name][k]) for name in METRICS)
-                rows.append(row)
-    table, difference = make_table(scores)
-    save_csv(out / "metrics.csv", rows)
-    save(out / "table.md", lambda file: file.write(table.encode()))
-    test_slices = data[config.seed]["test"]
-    pictures = {"curves.png": draw_curves(checkpoints),
-                "examples.png": draw_examples(config, checkpoints, test_slices)}
-    for name, figure in pictures.items():
-        save(out / name, lambda file: figure.savefig(file, dpi=110))
+                rows.append(row | {name: metrics[name][k] for name in METRICS})
+    if rows:
+        save_csv(out / "metrics.csv", rows)
+        figures["examples"] = draw_examples(config, runs, test_slices)
+        table = make_table(scores)
+        if len(scores) == 3:
+            teacher, supervised = scores["mean teacher (teacher)"], scores["supervised"]
+            difference, text = paired_difference(teacher, supervised, config.split_seed)
+            table += f"\nTeacher minus supervised: {text}\n"
+        save(out / "table.md", table.encode())
+    for name, figure in figures.items():
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=110)
+        save(out / f"{name}.png", content.getvalue())
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
 
-def make_table(scores):
-    """Mean (std) over runs as Markdown, like the paper's Table 1. -> text, difference
+def mean_scores(runs):
+    """-> dict: row of LABELS -> seed -> metric -> mean over test slices (scan_dice: scans)"""
+    scores = {}
+    for (method, model), label in LABELS.items():
+        for run in runs:
+            if run["method"] == method and model in run.get("metrics", {}):
+                metrics = run["metrics"][model]
+                means = {name: float(np.mean(metrics[name])) for name in COLUMNS}
+                scores.setdefault(label, {})[run["seed"]] = means
+    return scores
 
-    For scores and difference see experiment().
+
+def paired_difference(ours, others, split_seed):
+    """Ours minus others (seed -> metric -> value), paired by seed.
+
+    -> (mean, standard error) of the Dice, NaN where there are too few seeds; a text for both Dice
     """
-    runs = len(next(iter(scores.values()))["dice"])
-    table = (f"| {f'test, %; runs: {runs}':22} |         Dice |         mIoU |     Accuracy "
-             "|    Precision |       Recall |  Specificity |\n|:-----------------------"
-             + "|-------------:" * 6 + "|\n")
-    for label, metrics in scores.items():
-        table += f"| {label:22} |"
-        for values in metrics.values():
-            std = f" ({np.std(values, ddof=1):.2f})" if runs > 1 else ""
-            table += f" {f'{np.mean(values):.2f}{std}':>12} |"
-        table += "\n"
-    # With one method there is no difference.
-    if len(scores) < 3:
-        return table, None
-    pairs = np.subtract(scores["mean teacher (teacher)"]["dice"], scores["supervised"]["dice"])
-    error, text = math.nan, "one run: no standard error"
-    if runs > 1:
-        error = float(np.std(pairs, ddof=1)) / math.sqrt(runs)
-        text = f"standard error {error:.2f}, paired over {runs} runs"
-    table += f"\nTeacher minus supervised: {pairs.mean():+.2f} Dice ({text})\n"
-    return table, (float(pairs.mean()), error)
+    seeds, results, texts = sorted(ours.keys() & others.keys()), [], []
+    for metric, name in (("dice", "Dice"), ("scan_dice", "Dice per scan")):
+        pairs = [ours[seed][metric] - others[seed][metric] for seed in seeds]
+        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
+        results.append((statistics.fmean(pairs) if pairs else math.nan, error))
+        texts.append("{:+.2f} ± {:.2f}".format(*results[-1]).replace(" ± nan", "") + f" {name}")
+    what = "random splits" if split_seed == -1 else "training seeds of one split"
+    note = f"mean ± standard error, {len(seeds)} {what}" if len(seeds) > 1 else "one run: no error"
+    return results[0], f"{', '.join(texts)} ({note})"
 
 
-def draw_curves(checkpoints):
+def make_table(scores):
+    """Mean (std) over runs as Markdown, like the paper's Table 1. scores: from mean_scores."""
+    names = ["Dice", "mIoU", "Accuracy", "Precision", "Recall", "Specificity", "Dice per scan"]
+    rows = [["test, %", *names], [":" + "-" * 21] + ["-" * 12 + ":"] * 7]
+    for label, by_seed in scores.items():
+        rows.append([label])
+        for name in COLUMNS:
+            values = [means[name] for means in by_seed.values()]
+            std = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
+            rows[-1].append(f"{statistics.fmean(values):.2f}{std}")
+    lines = []
+    for label, *cells in rows:
+        lines.append(f"| {label:22} | " + " | ".join(cell.rjust(13) for cell in cells) + " |\n")
+    runs = max(len(by_seed) for by_seed in scores.values())
+    return "".join(lines) + (f"\nRuns: {runs}. The first six: means over the test slices with "
+                             "foreground (paper, Table 1). Dice per scan: over all slices.\n")
+
+
+def compare(argv):
+    """Compare two folders of runs, seed by seed. -> dict: row -> (mean, standard error) of Dice"""
+    parser = Parser(prog="mean_teacher_seg.py compare", description="Paired differences: the runs "
+                    "of the first folder minus those of the second with the same seed.")
+    parser.add_argument("folders", type=Path, nargs=2, help="for example the method and w = 0")
+    folders = parser.parse_args(argv).folders
+    ours, others = [[run for run in folder_runs(folder).values() if "metrics" in run]
+                    for folder in folders]
+    require(ours and others, f"{folders[0]} or {folders[1]} has no finished run with a test")
+    for run, other in itertools.product(ours, others):
+        tested = [each["metrics"]["student"]["where"] for each in (run, other)]
+        require(run["seed"] != other["seed"] or tested[0] == tested[1],
+                f"{folders[1]}: run {run['seed']} was tested on other slices than in "
+                f"{folders[0]}; use the same data, --split and --split-seed")
+    scores, other_scores, result = mean_scores(ours), mean_scores(others), {}
+    for label in scores.keys() & other_scores.keys():
+        result[label], text = paired_difference(scores[label], other_scores[label],
+                                                ours[0]["config"]["split_seed"])
+        print(f"{label}: {text}")
+    return result
+
+
+@matplotlib.style.context("default")                     # whatever the user's matplotlibrc says
+def draw_curves(runs):
     """Losses and validation Dice against the training step, one line per run. -> Figure"""
-    panels = [("dice_loss", "student", "Dice loss (paper, eq. 3)"),
-              ("consistency_loss", "student", "Consistency loss per pixel (eq. 2)"),
-              ("val_student", "student", "Validation Dice, %"),
-              ("val_teacher", "teacher", "Validation Dice, %")]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for (column, model, title), axis in zip(panels, [*axes, axes[2]]):
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    panels = {"dice_loss": "Dice loss (paper, eq. 3)",
+              "consistency_loss": "Consistency loss per pixel (eq. 2)",
+              "val_student": "Validation Dice of the student, %",
+              "val_teacher": "Validation Dice of the teacher, %"}
+    for axis, (column, title) in zip(figure.subplots(1, 4), panels.items()):
         axis.set(title=title, xlabel="training step")
-        for checkpoint in checkpoints:
-            rows = [row for row in checkpoint["history"] if not math.isnan(row[column])]
-            if rows:
-                label = LABELS[checkpoint["method"], model]
-                first_run = checkpoint["seed"] == checkpoints[0]["seed"]
-                axis.plot([row["step"] for row in rows], [row[column] for row in rows],
-                          "--" if model == "teacher" else "-", color=COLORS[label],
-                          label=label if first_run else None)
-    axes[0].legend()
-    # Without validation subjects there are no lines.
-    if axes[2].lines:
-        axes[2].legend()
+        for run in runs:
+            rows = [row for row in run["history"] if not math.isnan(row[column])]
+            axis.plot([row["step"] for row in rows], [row[column] for row in rows],
+                      color=COLORS[run["method"]], label=run["method"])
+        # One entry for all runs of a method
+        axis.legend(handles={line.get_label(): line for line in axis.lines}.values())
     return figure
 
 
-def draw_examples(config, checkpoints, slices):
-    """Outlines of the rater's mask and of each method's first run on test slices. -> Figure"""
-    columns = {"image": torch.zeros_like(slices.masks), "rater": slices.masks}
-    for checkpoint in checkpoints:
-        if checkpoint["seed"] == config.seed:
-            model = "teacher" if "teacher" in checkpoint else "student"
-            network = load_network(checkpoint, model).to(slices.images.device)
-            probabilities = predict_probabilities(network, slices.images)
-            columns[LABELS[checkpoint["method"], model]] = probabilities > config.threshold
+@matplotlib.style.context("default")
+def draw_examples(config, runs, slices):
+    """Test slices, and outlines of the rater's mask and of each method's first run. -> Figure"""
+    shown = slices.masks.flatten(1).any(1).nonzero().flatten()
     # At most four slices, evenly spaced
-    picked = range(0, len(slices.where), math.ceil(len(slices.where) / 4))
-    figure = Figure(figsize=(3 * len(columns), 3.3 * len(picked)), layout="constrained")
-    for row, k in zip(figure.subplots(len(picked), len(columns), squeeze=False), picked):
+    shown = shown[::math.ceil(len(shown) / 4)].tolist()
+    images, truth = slices.images[shown], slices.masks[shown]
+    rows = {"image": torch.zeros_like(truth), "rater": truth}
+    for run in runs:
+        if run["seed"] == config.seed:
+            network = build_network(config).to(images.device)
+            network.load_state_dict(run.get("teacher", run["student"]))
+            rows[run["method"]] = predict_probabilities(network, images) > config.threshold
+    figure = Figure(figsize=(3 * len(shown), 3.2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
+    for k, (_, scan, z) in enumerate([slices.where[index] for index in shown]):
+        image = images[k, 0].cpu()
         # Grey levels for the structure, not for bright fat around it
-        image = slices.images[k, 0].cpu()
-        around = F.max_pool2d(slices.masks[k], 9, stride=1, padding=4)[0].cpu() > 0
-        low, high = image[around].quantile(torch.tensor([0.02, 0.98])).tolist()
-        margin = (high - low) / 2
-        for axis, (label, masks) in zip(row, columns.items()):
-            axis.imshow(image.numpy(), cmap="gray", vmin=low - margin, vmax=high + margin)
-            dice = segmentation_metrics(masks[k:k + 1], slices.masks[k:k + 1])["dice"].item()
-            axis.set(xticks=[], yticks=[], title=label, xlabel=f"Dice {dice:.1f} %")
+        around = image[F.max_pool2d(truth[k], 9, stride=1, padding=4)[0].cpu() > 0]
+        for axis, (name, masks) in zip(axes[:, k], rows.items()):
+            axis.imshow(image, cmap="gray", vmin=around.min() - 0.2, vmax=around.max() + 0.2)
+            dice = segmentation_metrics(masks[k:k + 1], truth[k:k + 1])["dice"].item()
+            # Names can have a $, which would start a formula.
+            axis.set_title(f"{name}, Dice {dice:.1f} %" if name in METHODS else
+                           f"{name}: {scan}, slice {z}", parse_math=False)
+            axis.set_axis_off()
             if masks[k].any():
-                axis.contour(masks[k, 0].cpu().numpy(), [0.5], colors=COLORS[label])
-        _, scan, z = slices.where[k]
-        # Names can have a $, which would start a formula.
-        row[0].set_xlabel(f"{scan}, slice {z}", parse_math=False)
+                axis.contour(masks[k, 0].cpu(), [0.5], colors=COLORS[name])
     return figure
 
 
@@ -1348,7 +1391,7 @@ def predict_volume(image, network, config, name="image"):
     if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
         what = "foreground at the border of" if mask.any() else "no foreground in"
         print(f"warning: {name}: {what} the centre crop of {config.crop} px of "
-              f"{config.spacing} mm")
+              f"{config.spacing} mm; see --crop")
     volume, voxel_mm = canonical(image)
     size = resampled_size(volume, voxel_mm, config.spacing)
     result = np.zeros_like(volume)       # (X, Y, Z), RAS
@@ -1362,41 +1405,73 @@ def predict_volume(image, network, config, name="image"):
 
 
 def predict(argv):
-    """Segment one scan with the teacher of a run. -> path of the mask
+    """Segment scans with a network of a run. -> list of paths of the masks
 
-    The mask is on the scan's own grid, whatever its orientation and voxel size. A supervised run
-    has no teacher: its only network is used.
+    Each mask is on its scan's own grid, whatever its orientation and voxel size. For probabilities
+    or another threshold, call predict_volume.
     """
-    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment one scan.")
-    parser.add_argument("image", type=Path, help="the scan, a NIfTI file")
+    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment scans.")
+    parser.add_argument("images", type=Path, nargs="+", help="one or more scans, NIfTI files")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt file of a run")
-    parser.add_argument("--output", type=Path, required=True, help="the mask to write, .nii[.gz]")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing mask")
+    parser.add_argument("--output", type=Path, required=True,
+                        help="the mask to write, .nii or .nii.gz; or a folder: masks are named as "
+                        "their scans")
+    parser.add_argument("--model", choices=["student", "teacher"],
+                        help="[the teacher; of a supervised run, its only network]")
+    parser.add_argument("--crop", type=int, help="side of the centre crop, px, a multiple of 8, "
+                        "if the structure is far from the centre [as in training]")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto [auto]")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
     given = parser.parse_args(argv)
-    output = given.output
-    require(output.name.endswith((".nii", ".nii.gz")),
-            f"{output}: expected a name that ends in .nii or .nii.gz")
-    require(not output.exists() or not output.samefile(given.image),
-            f"{output}: is the scan itself; give another --output")
-    require(given.overwrite or not output.exists(),
-            f"{output}: already exists; use --overwrite to replace it")
-    checkpoint = load_checkpoint(given.checkpoint)
-    config = Config(**checkpoint["config"])
-    model = "teacher" if "teacher" in checkpoint else "student"
-    network = load_network(checkpoint, model).to(pick_device())
-    image = load_nifti(given.image, config.spacing)
-    foreground = predict_volume(image, network, config, given.image) > config.threshold
-    # The header of the scan keeps its geometry, codes and units.
-    mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, image.header, dtype=np.uint8)
-    # These hold the scan's display window, which does not fit a mask.
-    mask.header["cal_min"] = mask.header["cal_max"] = 0
+    endings = (".nii", ".nii.gz")
+    outputs = [given.output]
+    if not given.output.name.endswith(endings):
+        outputs = [given.output / image.name for image in given.images]
+    require(len(set(outputs)) == len(given.images),
+            f"{given.output}: several scans for one mask; give a folder, and scans of other names")
+    for image, output in zip(given.images, outputs):
+        require(output.name.endswith(endings), f"{output}: must end in .nii or .nii.gz")
+        require(output.resolve() != image.resolve(),
+                f"{output}: is the scan itself; give another --output")
+        require(given.overwrite or not output.exists(),
+                f"{output}: already exists; use --overwrite to replace it")
+    run = load_checkpoint(given.checkpoint)
+    if not run["finished"]:
+        print(f"warning: {given.checkpoint}: the training is not finished")
+    config = Config(**run["config"])
+    config = dataclasses.replace(config, crop=given.crop or config.crop)
+    check(config)
+    network = build_network(config)
+    model = given.model or ("teacher" if "teacher" in run else "student")
+    load_weights(network, run, model, given.checkpoint)
+    network.to(pick_device(given.device))
+    for path, output in zip(given.images, outputs):
+        image, _ = load_nifti(path, config.spacing)
+        values = np.unique(image.get_fdata(dtype=np.float32))
+        require(not 2 <= len(values) <= 10 or (values % 1).any(),
+                f"{path}: looks like a mask: its only values are {values}; give the scan")
+        foreground = predict_volume(image, network, config, path) > config.threshold
+        save_mask(output, foreground, image)
+        print(f"{output}: {foreground.sum()} voxels of foreground")
+    return outputs
+
+
+def save_mask(path, foreground, image):
+    """Write a mask with geometry, codes and unit of its scan, and nothing else of the header.
+
+    The rest can hold data of the patient.
+    """
+    header = nib.Nifti1Header()
+    header["pixdim"][:4] = image.header["pixdim"][:4]
+    for name in ("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+                 "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
+        header[name] = image.header[name]
+    mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, header, dtype=np.uint8)
     content = mask.to_bytes()
-    if output.suffix == ".gz":
+    if path.suffix == ".gz":
         # Without a time stamp, equal masks are equal files.
         content = gzip.compress(content, mtime=0)
-    save(output, lambda file: file.write(content))
-    print(f"{output}: {foreground.sum()} voxels of foreground")
-    return output
+    save(path, content)
 
 
 # --- 12. The phantom -----------------------------------------------------------------------------
@@ -1405,14 +1480,13 @@ def predict(argv):
 # draw(low, high) is one property of one subject. Its range was adjusted until contrast, sizes and
 # spread between subjects measured like those of six real scans. Distances are in mm, brightness
 # is relative to white matter.
-# mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest and most;
-# black: additional empty slices at each end; unit: integer stored for white matter; axes: as
-# stored.
-Site = collections.namedtuple("Site", "mm thick size slices black unit axes")
-SITES = (Site(0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
-         Site(0.50, 7.5, 100, (7, 14), 0, 1000, "RAS"),
-         Site(0.25, 2.5, 176, (19, 20), 4, 500, "LPS"),
-         Site(0.29, 5.0, 160, (12, 14), 0, 700, "RPS"))
+# A row is a site. mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest
+# and most; black: additional empty slices at each end; unit: integer stored for white matter;
+# axes: as stored.
+SITES = ((0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
+         (0.50, 7.5, 100, (7, 14), 0, 1000, "RAS"),
+         (0.25, 2.5, 176, (19, 20), 4, 500, "LPS"),
+         (0.29, 5.0, 160, (12, 14), 0, 700, "RPS"))
 
 
 def ellipse(x, y, radius_x, radius_y):
@@ -1480,22 +1554,24 @@ def phantom_subject(site, generator):
 
     x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
     """
+    mm, thick, size, slices, black, unit, _ = site
+
     def draw(low, high):
         # One number for the subject
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     def noise(length):
         # (Z, Y, X) of std 1, smooth over that length in mm
-        cells = max(2, round(site.size * site.mm / length) + 1)
+        cells = max(2, round(size * mm / length) + 1)
         corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
-        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
+        one, two = F.interpolate(corners, [size] * 2, mode="bicubic", align_corners=True)
         # The field changes along the cord.
         return one * torch.cos(z / 60) + two * torch.sin(z / 60)
 
     # Position: a few mm off centre (the demo's crop is 16 mm wide) and turned
-    count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
-    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * site.thick
-    axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
+    count = int(torch.randint(slices[0], slices[1] + 1, (), generator=generator))
+    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * thick
+    axis = (torch.arange(size) - (size - 1) / 2) * mm
     y, x = torch.meshgrid(axis - draw(-2.5, 2.5), axis - draw(-2.5, 2.5), indexing="ij")
     tilt = math.radians(draw(-15, 15))
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
@@ -1505,25 +1581,28 @@ def phantom_subject(site, generator):
     # to 0.9 mm, which blurs and rings a little; noise in the real and the imaginary part
     image = image * torch.exp(0.1 * noise(50) - draw(0, 0.02) * y)
     # Frequencies in 1/mm
-    frequency = torch.fft.fftfreq(site.size, site.mm).abs()
+    frequency = torch.fft.fftfreq(size, mm).abs()
     seen = torch.sigmoid((0.5 / draw(0.4, 0.9) - frequency) / 0.08)
     seen = seen[:, None] * seen
     std = draw(0.015, 0.07) / seen.square().mean().sqrt()
     echo = torch.randn(image.shape, generator=generator, dtype=torch.complex64) * 2 ** 0.5 * std
     image = torch.fft.ifft2(torch.fft.fft2(image + echo) * seen).abs()
     masks = torch.zeros(4, *image.shape, dtype=torch.uint8)
-    # Each simulated rater has one smooth error, so that two agree to a Dice of 0.82.
+    # Each simulated rater has one smooth error, so that two agree to a Dice of 0.81.
     for mask in masks:
         error = 0.175 * noise(2.5)
         mask[cord + error < 0] = 2
         mask[grey + error < 0] = 1
-    black = (0, 0, 0, 0, site.black, site.black)
-    return F.pad((image * site.unit).round().short(), black), F.pad(masks, black)
+    black = (0, 0, 0, 0, black, black)
+    return F.pad((image * unit).round().short(), black), F.pad(masks, black)
 
 
 def phantom_folder():
     """Where the phantom is kept between runs: the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Some containers have no home folder, and "~" stays.
+    if cache.startswith("~"):
+        cache = tempfile.gettempdir()
     return Path(cache) / "mean_teacher_seg" / "phantom-2"
 
 
@@ -1546,10 +1625,11 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
                 if subject <= subjects // 2:
                     for rater in range(1, 5):
                         files[f"mask-r{rater}"] = masks[rater - 1]
-                affine = np.diag([site.mm, site.mm, site.thick, 1])
+                mm, thick, *_, axes = site
+                affine = np.diag([mm, mm, thick, 1])
                 for name, voxels in files.items():
                     nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
-                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
+                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(axes))
                     nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(unfinished, 0o755)
         try:
@@ -1576,18 +1656,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Turn the command line, which has an option for every field, into Config and overwrite."""
+    """Turn the command line, which has an option for every field, into Config and preset."""
     parser = Parser(
-        usage="%(prog)s [options]\n       %(prog)s predict --help",
+        usage="%(prog)s [options]\n       %(prog)s predict --help\n       %(prog)s compare --help",
         description="The paper's experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of "
         "the mean teacher, with 86 training slices. [Brackets]: the defaults of --preset paper; "
         "(authors): the paper is silent, from the first author's code; (here): our choice.",
-        epilog="--preset demo: a smaller network and crop, 700 steps; see DEMO in section 1 of "
+        epilog="--preset demo: a smaller network and crop, 700 steps; see DEMO in section 6 of "
         "the file. --epochs without --steps turns --steps off. The same command again resumes an "
-        "interrupted run.")
+        "interrupted run; to start again, delete the folder. Results: six metrics, means over the "
+        "test slices with foreground, as in the paper; and the Dice per scan, over all slices of "
+        "a scan.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
-    parser.add_argument("--overwrite", action="store_true", help="first delete the runs in --out")
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
@@ -1598,18 +1679,17 @@ def parse(argv):
                            type=type(values[0]) if values else str,
                            choices=field.metadata["choices"], help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    overwrite, preset = given.pop("overwrite"), given.pop("preset")
+    preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     for name, value in given.items():
         given[name] = tuple(value) if isinstance(value, list) else value
     if "epochs" in given:
         given.setdefault("steps", 0)
-    preset = preset or ("paper" if given.get("data") else "demo")
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     if not config.out:
         name = Path(config.data).resolve().name if config.data else "phantom"
         config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
     check(config)
-    return config, overwrite
+    return config, preset
 
 
 def check(config):
@@ -1624,30 +1704,35 @@ def check(config):
     require(len(config.split) == 3, f"--split {config.split}: expected three numbers")
     require(max(len(config.epochs), len(config.weight_decay)) < 3,
             "--epochs and --weight-decay: expected one number, or two for the two methods")
-    epochs = {"supervised": config.epochs[0], "mean_teacher": config.epochs[-1],
-              "both": max(config.epochs)}[config.method]
-    require(not config.steps or config.steps >= epochs,
-            f"--steps {config.steps}: must be at least --epochs {epochs}")
+    try:
+        re.compile(config.visit)
+    except re.error as error:
+        raise InputError(f"--visit {config.visit}: not a regular expression ({error})") from error
 
 
 def main(argv=None):
-    """Run a command line (default: the program's own). -> as experiment or predict.
+    """Run a command line (default: the program's own). -> as experiment, predict or compare.
 
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    predicting = argv[:1] == ["predict"]
+    # A name that the terminal cannot show is no reason to stop.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    command = {"predict": predict, "compare": compare}.get(argv[0] if argv else "")
     try:
-        if predicting:
-            return predict(argv[1:])
-        config, overwrite = parse(argv)
-        return experiment(config, overwrite)
+        if command:
+            return command(argv[1:])
+        config, preset = parse(argv)
+        if preset == "paper" and pick_device(config.device).type == "cpu":
+            print("note: the paper's settings take days on a CPU; --preset demo takes minutes")
+        return experiment(config)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; no mask was written" if predicting else
-              "interrupted; the same command without --overwrite continues the training")
+        print("interrupted" if command else
+              "interrupted; the same command continues the training")
         raise SystemExit(130) from None
 
 
