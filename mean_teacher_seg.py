@@ -1480,13 +1480,21 @@ def save_mask(path, foreground, image):
 # draw(low, high) is one property of one subject. Its range was adjusted until contrast, sizes and
 # spread between subjects measured like those of six real scans. Distances are in mm, brightness
 # is relative to white matter.
-# A row is a site. mm, thick: voxel size in and across the plane; size: matrix, px; slices: fewest
-# and most; black: additional empty slices at each end; unit: integer stored for white matter;
-# axes: as stored.
-SITES = ((0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
-         (0.50, 7.5, 100, (7, 14), 0, 1000, "RAS"),
-         (0.25, 2.5, 176, (19, 20), 4, 500, "LPS"),
-         (0.29, 5.0, 160, (12, 14), 0, 700, "RPS"))
+
+class Site(NamedTuple):
+    mm: float                                            # voxel size in the plane
+    thick: float                                         # voxel size across it, mm
+    size: int                                            # matrix, px
+    slices: tuple                                        # fewest and most
+    black: int                                           # additional empty slices at each end
+    unit: int                                            # integer stored for white matter
+    axes: str                                            # as stored
+
+
+SITES = (Site(0.50, 5.0, 100, (3, 3), 0, 200, "LAS"),
+         Site(0.50, 7.5, 100, (7, 14), 0, 1000, "RAS"),
+         Site(0.25, 2.5, 176, (19, 20), 4, 500, "LPS"),
+         Site(0.29, 5.0, 160, (12, 14), 0, 700, "RPS"))
 
 
 def ellipse(x, y, radius_x, radius_y):
@@ -1554,24 +1562,22 @@ def phantom_subject(site, generator):
 
     x to the right, y to the front; masks as in the challenge: 0, 1 grey matter, 2 white matter.
     """
-    mm, thick, size, slices, black, unit, _ = site
-
     def draw(low, high):
         # One number for the subject
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     def noise(length):
         # (Z, Y, X) of std 1, smooth over that length in mm
-        cells = max(2, round(size * mm / length) + 1)
+        cells = max(2, round(site.size * site.mm / length) + 1)
         corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
-        one, two = F.interpolate(corners, [size] * 2, mode="bicubic", align_corners=True)
+        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
         # The field changes along the cord.
         return one * torch.cos(z / 60) + two * torch.sin(z / 60)
 
     # Position: a few mm off centre (the demo's crop is 16 mm wide) and turned
-    count = int(torch.randint(slices[0], slices[1] + 1, (), generator=generator))
-    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * thick
-    axis = (torch.arange(size) - (size - 1) / 2) * mm
+    count = int(torch.randint(site.slices[0], site.slices[1] + 1, (), generator=generator))
+    z = (torch.arange(count).view(-1, 1, 1) - count / 2) * site.thick
+    axis = (torch.arange(site.size) - (site.size - 1) / 2) * site.mm
     y, x = torch.meshgrid(axis - draw(-2.5, 2.5), axis - draw(-2.5, 2.5), indexing="ij")
     tilt = math.radians(draw(-15, 15))
     x, y = x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt)
@@ -1581,7 +1587,7 @@ def phantom_subject(site, generator):
     # to 0.9 mm, which blurs and rings a little; noise in the real and the imaginary part
     image = image * torch.exp(0.1 * noise(50) - draw(0, 0.02) * y)
     # Frequencies in 1/mm
-    frequency = torch.fft.fftfreq(size, mm).abs()
+    frequency = torch.fft.fftfreq(site.size, site.mm).abs()
     seen = torch.sigmoid((0.5 / draw(0.4, 0.9) - frequency) / 0.08)
     seen = seen[:, None] * seen
     std = draw(0.015, 0.07) / seen.square().mean().sqrt()
@@ -1593,8 +1599,8 @@ def phantom_subject(site, generator):
         error = 0.175 * noise(2.5)
         mask[cord + error < 0] = 2
         mask[grey + error < 0] = 1
-    black = (0, 0, 0, 0, black, black)
-    return F.pad((image * unit).round().short(), black), F.pad(masks, black)
+    black = (0, 0, 0, 0, site.black, site.black)
+    return F.pad((image * site.unit).round().short(), black), F.pad(masks, black)
 
 
 def phantom_folder():
@@ -1625,11 +1631,10 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
                 if subject <= subjects // 2:
                     for rater in range(1, 5):
                         files[f"mask-r{rater}"] = masks[rater - 1]
-                mm, thick, *_, axes = site
-                affine = np.diag([mm, mm, thick, 1])
+                affine = np.diag([site.mm, site.mm, site.thick, 1])
                 for name, voxels in files.items():
                     nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
-                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(axes))
+                    nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
                     nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(unfinished, 0o755)
         try:
