@@ -593,7 +593,7 @@ def assign_roles(scans, config):
         for name in getattr(config, role):
             found = [scan for scan in scans if scan.subject == name]
             require(found and (role == "unlabelled" or any(scan.masks for scan in found)),
-                    f"--{role} {name}: no subject of that name" + " has a mask" * bool(found))
+                    f"--{role} {name}: there is no such subject, or none with a mask")
             other = roles.setdefault(individual(found[0], config), role)
             require(other == role or (other, role) == ("train", "unlabelled"),
                     f"--{role} {name}: is in --{other} as well; choose one")
@@ -616,7 +616,8 @@ def split_scans(scans, config):
     sets, rest = {"train": [], "val": [], "test": []}, []
     for scan in scans:
         role = roles.get(individual(scan, config))
-        if role in sets and scan.masks and scan.subject in (getattr(config, role) or scan.subject):
+        chosen = role in sets and (not by_name or scan.subject in getattr(config, role))
+        if chosen and scan.masks:
             sets[role].append(scan)
         elif role not in ("val", "test"):
             rest.append(scan)
@@ -955,7 +956,8 @@ def step_options(config, device):
     return {"affine": (config.degrees, config.translation, config.scale),
             "noise": config.noise,
             # Older GPUs (T4, V100) emulate bfloat16 slowly, or fail.
-            "amp": device.type == "cuda" and torch.cuda.is_bf16_supported(False),
+            "amp": device.type == "cuda"
+                   and torch.cuda.is_bf16_supported(including_emulation=False),
             "consistency": consistency,
             "targets_of": same_input_targets if config.augmentation == "same" else delayed_targets}
 
@@ -1027,6 +1029,8 @@ def train(config, method, seed, data, after_epoch=None, trainings_left=0):
         row = {"epoch": epoch, "step": step, "lr": lr, "weight": w}
         for name in ("dice_loss", "consistency_loss"):
             row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
+        if not teacher:
+            row["consistency_loss"] = math.nan
         history.append(row | {"val_student": math.nan, "val_teacher": math.nan})
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             save_epoch(run, path, config, models, optimizer, data, epoch == epochs)
@@ -1073,11 +1077,12 @@ PROGRESS = (" epoch    step       lr     w   Dice loss   consistency   val. Dice
 
 def print_progress(row, seconds):
     """One line about an epoch, under PROGRESS. row: of the history."""
-    # There is no score without a teacher, or without validation subjects.
-    scores = f"{row['val_student']:20.2f} {row['val_teacher']:9.2f}".replace("nan", "  -")
+    optional = (f"{row['consistency_loss']:13.4f} {row['val_student']:20.2f} "
+                f"{row['val_teacher']:9.2f}")
+    # There are none without a teacher, or without validation subjects.
+    optional = optional.replace("nan", "  -")
     print(f"{row['epoch']:6d} {row['step']:7d} {row['lr']:8.2g} {row['weight']:5.2f} "
-          f"{row['dice_loss']:11.4f} {row['consistency_loss']:13.4f} {scores} "
-          f"{seconds / 60:14.1f}", flush=True)
+          f"{row['dice_loss']:11.4f} {optional} {seconds / 60:14.1f}", flush=True)
 
 
 def save(path, content):
@@ -1232,7 +1237,7 @@ def report(config, runs, test_slices):
     table: text. test_slices: those of the first run of the command, for the examples.
     """
     out, scores, rows = Path(config.out), mean_scores(runs), []
-    table, difference, figures = "no test subjects", None, {"curves": draw_curves(runs)}
+    table, difference = "no test subjects", None
     for run in runs:
         for model, metrics in run.get("metrics", {}).items():
             for k, (site, scan, z) in enumerate(metrics["where"]):
@@ -1241,17 +1246,17 @@ def report(config, runs, test_slices):
                 rows.append(row | {name: metrics[name][k] for name in METRICS})
     if rows:
         save_csv(out / "metrics.csv", rows)
-        figures["examples"] = draw_examples(config, runs, test_slices)
         table = make_table(scores)
         if len(scores) == 3:
             teacher, supervised = scores["mean teacher (teacher)"], scores["supervised"]
             difference, text = paired_difference(teacher, supervised, config.split_seed)
             table += f"\nTeacher minus supervised: {text}\n"
         save(out / "table.md", table.encode())
-    for name, figure in figures.items():
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=110)
-        save(out / f"{name}.png", content.getvalue())
+    # Whatever the user's matplotlibrc says
+    with matplotlib.style.context("default"):
+        save_figure(out / "curves.png", draw_curves(runs))
+        if rows:
+            save_figure(out / "examples.png", draw_examples(config, runs, test_slices))
     print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
@@ -1317,14 +1322,22 @@ def compare(argv):
                 f"{folders[1]}: run {run['seed']} was tested on other slices than in "
                 f"{folders[0]}; use the same data, --split and --split-seed")
     scores, other_scores, result = mean_scores(ours), mean_scores(others), {}
-    for label in scores.keys() & other_scores.keys():
-        result[label], text = paired_difference(scores[label], other_scores[label],
-                                                ours[0]["config"]["split_seed"])
-        print(f"{label}: {text}")
+    for label in scores:
+        ours_row, others_row = scores[label], other_scores.get(label, {})
+        if ours_row.keys() & others_row.keys():
+            result[label], text = paired_difference(ours_row, others_row,
+                                                    ours[0]["config"]["split_seed"])
+            print(f"{label}: {text}")
+    require(result, f"{folders[0]} and {folders[1]}: no runs of the same method and seed")
     return result
 
 
-@matplotlib.style.context("default")                     # whatever the user's matplotlibrc says
+def save_figure(path, figure):
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    save(path, content.getvalue())
+
+
 def draw_curves(runs):
     """Losses and validation Dice against the training step, one line per run. -> Figure"""
     figure = Figure(figsize=(16, 4), layout="constrained")
@@ -1336,14 +1349,14 @@ def draw_curves(runs):
         axis.set(title=title, xlabel="training step")
         for run in runs:
             rows = [row for row in run["history"] if not math.isnan(row[column])]
-            axis.plot([row["step"] for row in rows], [row[column] for row in rows],
-                      color=COLORS[run["method"]], label=run["method"])
+            if rows:
+                axis.plot([row["step"] for row in rows], [row[column] for row in rows],
+                          color=COLORS[run["method"]], label=run["method"])
         # One entry for all runs of a method
         axis.legend(handles={line.get_label(): line for line in axis.lines}.values())
     return figure
 
 
-@matplotlib.style.context("default")
 def draw_examples(config, runs, slices):
     """Test slices, and outlines of the rater's mask and of each method's first run. -> Figure"""
     shown = slices.masks.flatten(1).any(1).nonzero().flatten()
