@@ -86,15 +86,15 @@ class UNet(nn.Module):
 
     def __init__(self, width=64, dropout=0.5):
         super().__init__()
-        w = width
-        self.down = nn.ModuleList([conv_block(1, w, dropout),
-                                   conv_block(w, 2 * w, dropout),
-                                   conv_block(2 * w, 4 * w, dropout)])
-        self.bottom = conv_block(4 * w, 4 * w, dropout)
-        self.up = nn.ModuleList([conv_block(4 * w + 4 * w, 4 * w, dropout),
-                                 conv_block(4 * w + 2 * w, 2 * w, dropout),
-                                 conv_block(2 * w + w, w, dropout)])
-        self.out = nn.Conv2d(w, 1, kernel_size=3, padding=1)
+        c = width                                        # channels of the first block
+        self.down = nn.ModuleList([conv_block(1, c, dropout),
+                                   conv_block(c, 2 * c, dropout),
+                                   conv_block(2 * c, 4 * c, dropout)])
+        self.bottom = conv_block(4 * c, 4 * c, dropout)
+        self.up = nn.ModuleList([conv_block(4 * c + 4 * c, 4 * c, dropout),
+                                 conv_block(4 * c + 2 * c, 2 * c, dropout),
+                                 conv_block(2 * c + c, c, dropout)])
+        self.out = nn.Conv2d(c, 1, kernel_size=3, padding=1)
 
     def forward(self, x):
         if x.shape[-2] % 8 or x.shape[-1] % 8:
@@ -102,9 +102,9 @@ class UNet(nn.Module):
                              f"got {x.shape[-2]} x {x.shape[-1]}: crop or pad the image")
         skips = []
         for block in self.down:
-            skips.append(block(x))                       # (B, w, H, W), (B, 2w, H/2, W/2), ...
+            skips.append(block(x))                       # (B, c, H, W), (B, 2c, H/2, W/2), ...
             x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)                               # (B, 4w, H/8, W/8)
+        x = self.bottom(x)                               # (B, 4c, H/8, W/8)
         for block, skip in zip(self.up, reversed(skips)):
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             x = block(torch.cat([x, skip], dim=1))
@@ -178,7 +178,7 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     def uniform(limit):
         return torch.empty(n, device=device).uniform_(-limit, limit)
 
-    # From output to input: the inverse of what happens to the picture.
+    # From output to input, so a zoom above 1 enlarges the picture.
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([cos, -sin, uniform(translation), sin, cos, uniform(translation)], dim=1)
@@ -218,8 +218,9 @@ def augment(images, phi, noise=0.1):
     ones = torch.ones_like(images[:, :1])
     warped = warp(torch.cat([images, ones], dim=1), phi)         # (B, C + 1, H, W)
     inside = warped[:, -1:] > 0.999
-    # The noise comes after the warp. Before it, interpolation would average neighbouring pixels:
-    # a std of 0.1 would shrink to 0.067, and the student would see less noise than the teacher.
+    # The noise comes after the warp. Before it, interpolation would average neighbouring pixels: a
+    # std of 0.1 would shrink to 0.067, on average, and the student would see less noise than the
+    # teacher.
     return warped[:, :-1] + noise * torch.randn_like(images), inside
 
 
@@ -277,8 +278,8 @@ def ramp_up(epoch, length):
 def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 in the last one.
 
-    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch it is 0, so of all
-    weights only the teacher's change. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch after a cosine it
+    is 0, so of all weights only the teacher's change. Source: paper, section 3.1.
     """
     # A training of one epoch would consist of that last one only: no decay there.
     if epoch <= ramp or epochs == 1:
@@ -288,35 +289,22 @@ def learning_rate_factor(epoch, epochs, ramp):
 
 # --- 5. One training step = Algorithm 1 ----------------------------------------------------------
 
-def two_views(student, teacher, x, affine, noise, amp, targets_of):
-    """Lines 2 to 4 of Algorithm 1: what student and teacher predict for one batch of slices.
-
-    Arguments as for train_step; x (B, C, H, W), labelled or not. -> phi (B, 2, 3) in px; logits
-    (B, 1, H, W) of the student; targets of that shape in [0, 1], from the teacher (None without
-    one); inside, bool of that shape: the pixels that have a target.
-    """
-    phi = sample_affine(len(x), *affine, device=x.device)                             # line 2
-    view, inside = augment(x, phi, noise)
-    targets = None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = student(view)                                                        # line 3
-        if teacher is not None:
-            targets = targets_of(teacher, x, phi, noise)                              # line 4
-    return phi, logits, targets, inside
-
-
 def train_step(student, teacher, optimizer, images, masks, unlabelled, step, weight=2.9,
                alpha=0.99, affine=(4.5, 0.0, 0.0), noise=0.1, amp=False,
                targets_of=delayed_targets, consistency=consistency_loss):
     """One step of Algorithm 1, in place. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
-    images (B, C, H, W) float, z-scored, with masks (B, 1, H, W) in {0, 1}; unlabelled (U, C, H,
-    W), U may be 0; step: number of steps before this one; weight: w; affine: degrees, translation
-    in px and scale for sample_affine; noise: its std; amp: bfloat16 autocast. teacher None: the
-    supervised baseline, which ignores unlabelled. -> dict of float32 scalars: loss, dice_loss,
-    consistency_loss. Raises ValueError for a network in eval mode and for masks outside [0, 1].
-    The caller counts step, ramps weight, and sets alpha and the learning rate, as train() in
-    section 9 does. In a run of less than some 1000 steps, use alpha 0.95 at first.
+    teacher: None for the supervised baseline, which ignores unlabelled
+    images: (B, C, H, W) float, z-scored; masks: (B, 1, H, W) in {0, 1}
+    unlabelled: (U, C, H, W); U may be 0
+    step: number of steps before this one; weight: w; alpha: its largest value, see line 10
+    affine: degrees, translation in px, scale, for sample_affine; noise: its std
+    amp: bfloat16 autocast; targets_of, consistency: to try other targets or another loss
+    -> dict of float32 scalars: loss, dice_loss, consistency_loss
+
+    Raises ValueError for a network in eval mode and for masks outside [0, 1]. The caller counts
+    step, ramps weight, and sets alpha and the learning rate, as train() does. In a run of less
+    than some 1000 steps, use alpha 0.95.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
@@ -328,34 +316,39 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     # In one pass, BatchNorm would mix both, and the unlabelled slices would change the supervised
     # gradient even at w = 0. Separately, w = 0 IS the supervised step, given the same random
     # draws. (Only the running statistics, which evaluation uses, see both kinds of slices.)
-    options = (affine, noise, amp, targets_of)
-    phi, logits, targets, inside = two_views(student, teacher, images, *options)
-    all_logits, all_targets, all_inside = [logits], [targets], [inside]
+    parts = [images]
     if teacher is not None and len(unlabelled):
-        _, logits_u, targets_u, inside_u = two_views(student, teacher, unlabelled, *options)
-        all_logits.append(logits_u)
-        all_targets.append(targets_u)
-        all_inside.append(inside_u)
+        parts.append(unlabelled)
+    phis, logits, targets, inside = [], [], [], []
+    for x in parts:
+        phi = sample_affine(len(x), *affine, device=x.device)                         # line 2
+        view, has_target = augment(x, phi, noise)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits.append(student(view))                                              # line 3
+            if teacher is not None:
+                targets.append(targets_of(teacher, x, phi, noise))                    # line 4
+        phis.append(phi)
+        inside.append(has_target)
 
-    warped_masks = (warp(masks, phi) >= 0.5).float()
-    loss_dice = dice_loss(torch.sigmoid(logits.float()), warped_masks)                # line 5
+    warped_masks = (warp(masks, phis[0]) >= 0.5).float()
+    loss_dice = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)             # line 5
     loss_consistency = torch.zeros_like(loss_dice)
     if teacher is not None:
         # Pixels from outside the image have no target and are ignored. (The Dice loss does not
         # need this: there the mask is 0, and the student soon predicts 0.)
-        loss_consistency = consistency(torch.cat(all_logits), torch.cat(all_targets),
-                                       torch.cat(all_inside))                         # line 6
+        loss_consistency = consistency(torch.cat(logits), torch.cat(targets),
+                                       torch.cat(inside))                             # line 6
     loss = loss_dice + weight * loss_consistency                                      # line 7
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()                                                                  # line 8
-    step += 1                                                                         # line 9
+    t = step + 1                                                                      # line 9
     if teacher is not None:
         # At first a plain mean of all students: alpha is 1/2, 2/3, 3/4, ... (authors), and 0.99
         # only at step 99. A constant 0.99 would keep the random first weights in the teacher for
         # some 100 steps. With the paper's 10 steps per epoch, the switch to 0.999 at epoch 51
         # makes alpha 0.998, and it reaches 0.999 at step 999.
-        update_teacher(student, teacher, min(1 - 1 / (step + 1), alpha))              # line 10
+        update_teacher(student, teacher, min(1 - 1 / (t + 1), alpha))                 # line 10
     return {"loss": loss.detach(), "dice_loss": loss_dice.detach(),
             "consistency_loss": loss_consistency.detach()}
 
@@ -390,13 +383,14 @@ class Config:
     rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
     contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
     mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one (here)")
-    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "what is removed from a "
-                        "scan's name to get the individual, a regular expression (here)")
-    background: str = option("drop", "training slices without foreground; keep them if the "
-                             "structure ends inside similar tissue", choices=["drop", "keep"])
+    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression of what "
+                        "is removed from a subject's name (BIDS: its folder; Decathlon: the scan) "
+                        "to get the individual, whose scans stay in one set (here)")
+    negative_slices: str = option("drop", "training slices without foreground; keep them if the "
+                                  "structure ends inside similar tissue", choices=["drop", "keep"])
     split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
     split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
-    train: tuple = option((), "training subjects by name, instead of --split")
+    train: tuple = option((), "training subjects by name, with all visits, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name; none: no test")
     unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left")
@@ -439,8 +433,8 @@ class Config:
 # DEMO is small enough for two CPU cores. All values that it does not name are Config's. They were
 # tuned on validation subjects of other phantoms: first for the supervised network alone (dropout,
 # lr, weight decay, steps), then w for the mean teacher.
-DEMO = dataclasses.replace(
-    Config(), crop=64,                                   # 16 mm: all grey matter of the phantom
+DEMO = Config(
+    crop=64,                                             # 16 mm: all grey matter of the phantom
     split=(1, 2, 3),                                     # few labels, where the method helps most
     width=8, dropout=0.05,
     epochs=(30,), steps=700,
@@ -523,15 +517,16 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, r
     scans = {}
     for key, image in files.items():
         place, _, name = key.rpartition("/")
-        site, subject, masks, mask_expected = "", name, [], False
+        site, subject = "", name
         scgm = re.fullmatch(r"((site\d)-sc(\d\d))-image", name)
         suffixes = [contrast for contrast in contrasts if name.endswith(f"_{contrast}")]
+        candidates = []                                  # where the mask may be
         if scgm:
             subject, site, number = scgm.groups()
             name = subject
             # sc11 to sc20 are the challenge's test half: unlabelled in any case.
             if int(number) <= 10:
-                mask_expected, masks = True, [key.removesuffix("image") + f"mask-r{rater}"]
+                candidates = [key.removesuffix("image") + f"mask-r{rater}"]
         elif suffixes and re.fullmatch("sub-[^/]+/(.+/)?anat", place):
             subject = place.split("/")[0]
             stem = name.removesuffix("_" + max(suffixes, key=len))
@@ -542,19 +537,20 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, r
                 continue
             labels = f"derivatives/labels/{place}/"
             beside = [path for path in files if path.startswith(labels)]
-            mask_expected = len(beside) > 0
             for base, mask_name in itertools.product((name, stem), mask_names):
                 start = f"{labels}{base}_{mask_name}"
-                masks += [path for path in beside if path.startswith(start)]
+                candidates += [path for path in beside if path.startswith(start)]
+            if beside and not candidates:
+                candidates = [f"{labels}{name}_{mask_names[0]}"]
         elif place == "imagesTr":
-            mask_expected, masks = True, [f"labelsTr/{name}"]
+            candidates = [f"labelsTr/{name}"]
         elif place != "imagesTs":
             continue
-        masks = {mask: files[mask] for mask in masks if mask in files}
+        masks = {path: files[path] for path in candidates if path in files}
         if len(masks) > 1:
             note_once("where several masks match --mask-name, the first is used", list(masks))
-        if mask_expected and not masks:
-            note_once("scans without a mask where one was expected count as unlabelled; see "
+        if candidates and not masks:
+            note_once("scans count as unlabelled if there is no mask where one was expected; see "
                       f"--mask-name {' '.join(mask_names)} and --rater {rater}", image)
         require(name not in scans, f"{image}: another scan has the name {name}; rename one")
         scans[name] = Scan(site, subject, name, image, masks)
@@ -569,61 +565,52 @@ def individual(scan, config):
     return re.sub(config.visit, "", scan.subject)
 
 
-def assign_roles(scans, config):
-    """Who is trained, validated and tested on. -> dict: individual -> train, val, test, unlabelled
-
-    The individuals named by --train, --val, --test and --unlabelled; without the first three, a
-    random --split of each site's individuals with masks. Every individual has one role, so that no
-    visit of a test subject is ever trained on. InputError for unknown names and for two roles.
-    """
-    roles = {}
-    if not (config.train or config.val or config.test):
-        generator = np.random.default_rng(config.split_seed)
-        # Test subjects are drawn first, so that they do not depend on the number to train with.
-        n_train, n_val, n_test = config.split
-        drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
-        labelled = [scan for scan in scans if scan.masks]
-        for site in sorted({scan.site for scan in labelled}):
-            people = {individual(scan, config) for scan in labelled if scan.site == site}
-            require(len(people) >= len(drawn),
-                    f"{len(people)} subjects with masks in {site or config.data}, too few for "
-                    f"--split {config.split}; lower it")
-            roles |= dict(zip(generator.permutation(sorted(people)), drawn))
-    for role in ("train", "val", "test", "unlabelled"):
-        for name in getattr(config, role):
-            found = [scan for scan in scans if scan.subject == name]
-            require(found and (role == "unlabelled" or any(scan.masks for scan in found)),
-                    f"--{role} {name}: there is no such subject, or none with a mask")
-            other = roles.setdefault(individual(found[0], config), role)
-            require(other == role or (other, role) == ("train", "unlabelled"),
-                    f"--{role} {name}: is in --{other} as well; choose one")
+def draw_roles(scans, config):
+    """The random split. -> dict: individual -> train, val or test; InputError if too few"""
+    roles, labelled = {}, [scan for scan in scans if scan.masks]
+    generator = np.random.default_rng(config.split_seed)
+    n_train, n_val, n_test = config.split
+    # Test subjects are drawn first, so that they do not depend on the number to train with.
+    drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
+    for site in sorted({scan.site for scan in labelled}):
+        people = {individual(scan, config) for scan in labelled if scan.site == site}
+        require(len(people) >= len(drawn),
+                f"{len(people)} subjects with masks in {site or config.data}, too few for "
+                f"--split {config.split}; lower it")
+        roles |= dict(zip(generator.permutation(sorted(people)), drawn))
     return roles
 
 
 def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
-    Unlabelled are all scans that remain of individuals who are not validated or tested on (of
-    those in --unlabelled, if given); after a random split, only the ones without masks, if any.
+    Every individual has one role, so that no other visit of a test subject is ever trained on: the
+    one named by --train, --val, --test or --unlabelled, or a random one (--split). The scans that
+    remain, except those of val and test, are unlabelled: if --unlabelled is given, only the named;
+    after a random split, only those without masks, if there are any.
     """
-    require(any(scan.masks for scan in scans),
-            f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} beside SCGM "
-            "images, in derivatives/labels for the BIDS image's name + _ + "
-            f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
-    by_name = config.train or config.val or config.test
-    require(config.train or not by_name, "--val and --test need --train")
-    roles = assign_roles(scans, config)
+    labelled = {individual(scan, config) for scan in scans if scan.masks}
+    everyone = {individual(scan, config) for scan in scans}
+    require(labelled, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
+                      "beside SCGM images, in derivatives/labels for the BIDS image's name + _ + "
+                      f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
+    require(config.train or not (config.val or config.test), "--val and --test need --train")
+    roles = {} if config.train else draw_roles(scans, config)
+    for role in ("train", "val", "test", "unlabelled"):
+        for name in getattr(config, role):
+            person = re.sub(config.visit, "", name)
+            require(person in (everyone if role == "unlabelled" else labelled),
+                    f"--{role} {name}: there is no such subject, or none with a mask")
+            require(roles.setdefault(person, role) == role,
+                    f"--{role} {name}: is in --{roles[person]} as well; choose one")
     sets, rest = {"train": [], "val": [], "test": []}, []
     for scan in scans:
         role = roles.get(individual(scan, config))
-        chosen = role in sets and (not by_name or scan.subject in getattr(config, role))
-        if chosen and scan.masks:
+        if role in sets and scan.masks:
             sets[role].append(scan)
-        elif role not in ("val", "test"):
+        elif role == "unlabelled" or role in (None, "train") and not config.unlabelled:
             rest.append(scan)
-    if config.unlabelled:
-        rest = [scan for scan in rest if scan.subject in config.unlabelled]
-    elif not by_name:
+    if not config.train and not config.unlabelled:
         rest = [scan for scan in rest if not scan.masks] or rest
     return sets | {"unlabelled": rest}
 
@@ -697,7 +684,7 @@ def read_mask(path, config, image):
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
             f"{path}: is not on the grid of its image: " +
             ("the affines in their headers differ; if the voxels fit, copy the image's header"
-             if stored.shape == image.shape else
+             if image.shape in (stored.shape, mask.shape) else
              f"{stored.shape} voxels, expected {image.shape}; resample it"))
     values = mask.get_fdata(dtype=np.float32)
     # Re-saved files can have rounding errors.
@@ -717,13 +704,11 @@ def center_crop(slices, height, width):
 
     Cropping back to H x W undoes a padding, and puts a crop back in its place.
     """
+    taller, wider = slices.shape[2] - height, slices.shape[3] - width
     # int(), not //, so that padding and cropping round alike
-    top = int((slices.shape[2] - height) / 2)
-    left = int((slices.shape[3] - width) / 2)
-    bottom = slices.shape[2] - height - top
-    right = slices.shape[3] - width - left
+    top, left = int(taller / 2), int(wider / 2)
     # A negative padding crops.
-    return F.pad(slices, (-left, -right, -top, -bottom))
+    return F.pad(slices, (-left, left - wider, -top, top - taller))
 
 
 def resampled_size(volume, voxel_mm, spacing):
@@ -775,11 +760,11 @@ def read_images(image, config):
     return center_crop(slices, config.crop, config.crop)
 
 
-def read_scan(scan, config, labelled, background):
+def read_scan(scan, config, labelled, keep_negative):
     """The slices of one scan -> Slices. The masks of an unlabelled scan are not even opened.
 
     Slices without contrast are dropped and, in a labelled scan, those without foreground (the
-    paper's counts of slices fit that), unless `background` keeps them.
+    paper's counts of slices fit that), unless keep_negative.
     """
     image, checksum = load_nifti(scan.image, config.spacing)
     images = read_images(image, config)
@@ -793,9 +778,10 @@ def read_scan(scan, config, labelled, background):
         warn_if_cropped(path, volume, voxel_mm, config)
         masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
         masks = center_crop(masks, config.crop, config.crop)
-        foreground = keep & masks.flatten(1).any(1)
+        positive = keep & masks.flatten(1).any(1)
         # A scan without any says nothing about the structure.
-        keep = keep & foreground.any() if background else foreground
+        if not keep_negative or not positive.any():
+            keep = positive
         masks = masks[keep]
     if not keep.any():
         print(f"warning: {scan.image}: not used: inside the crop, no slice has contrast" +
@@ -828,10 +814,10 @@ def load_data(config, device="cpu"):
     for name, members in split_scans(scans, config).items():
         nothing = torch.zeros(0, 1, config.crop, config.crop)
         images, masks, where, checksums = [nothing], [nothing], [], {}
+        keep_negative = name != "train" or config.negative_slices == "keep"
         for scan in members:
             try:
-                slices = read_scan(scan, config, labelled=name != "unlabelled",
-                                   background=name != "train" or config.background == "keep")
+                slices = read_scan(scan, config, name != "unlabelled", keep_negative)
             except InputError as error:
                 # All faults are reported at once.
                 faults.append(str(error))
@@ -844,8 +830,9 @@ def load_data(config, device="cpu"):
                             checksums)
         print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
-    require(data["train"].where and (data["test"].where or not data["test"].checksums),
-            f"{folder}: no foreground in the training or test set; check --crop and --label")
+    for name in ("train", "test"):
+        require(data[name].where or name == "test" and not data[name].checksums,
+                f"{folder}: no foreground in the {name} set; check --split, --crop and --label")
     if config.method != "supervised" and not data["unlabelled"].where:
         print("warning: no unlabelled slices: the mean teacher trains on the labelled ones alone")
     return data
@@ -903,10 +890,10 @@ def evaluate(model, slices, config):
     metrics = {name: values.tolist() for name, values in metrics.items()}
     metrics["where"] = list(itertools.compress(slices.where, has_foreground.tolist()))
     metrics["scan_dice"] = []
-    names = np.array([name for _, name, _ in slices.where])
-    for scan in dict.fromkeys(names):
+    for _, of_scan in itertools.groupby(range(len(slices.where)), lambda k: slices.where[k][1]):
         # All slices of a scan as one
-        p, y = predictions[names == scan].flatten(), slices.masks[names == scan].flatten()
+        k = list(of_scan)
+        p, y = predictions[k].flatten(), slices.masks[k].flatten()
         metrics["scan_dice"] += segmentation_metrics(p[None], y[None])["dice"].tolist()
     return metrics
 
@@ -947,11 +934,11 @@ def mse_consistency(student_logits, teacher_probabilities, valid):
 
 def step_options(config, device):
     """The arguments of train_step that stay the same for a whole run. -> dict"""
-    distance = consistency_loss if config.consistency == "bce" else mse_consistency
+    loss = consistency_loss if config.consistency == "bce" else mse_consistency
 
     def consistency(logits, targets, valid):
         confident = torch.maximum(targets, 1 - targets) >= config.confidence
-        return distance(logits, targets, valid & confident)
+        return loss(logits, targets, valid & confident)
 
     return {"affine": (config.degrees, config.translation, config.scale),
             "noise": config.noise,
@@ -982,25 +969,39 @@ def batches(data, steps, n_labelled, n_unlabelled):
         yield labelled.images[x], labelled.masks[x], unlabelled.images[u]
 
 
-def train(config, method, seed, data, after_epoch=None, trainings_left=0):
+class Plan(NamedTuple):
+    epochs: int
+    steps: int                                           # in all epochs together
+    n_labelled: int                                      # slices in a mini-batch
+    n_unlabelled: int
+
+
+def plan_run(config, method, data):
+    """How long a training is, and how many slices it sees in a step. -> Plan"""
+    semi, n_slices = method == "mean_teacher", len(data["train"].images)
+    n_labelled = min(config.batch, n_slices)
+    n_unlabelled = config.unlabelled_batch if semi and data["unlabelled"].where else 0
+    epochs = config.epochs[-1 if semi else 0]
+    steps = config.steps or epochs * (n_slices // n_labelled)
+    return Plan(min(epochs, steps), steps, n_labelled, n_unlabelled)
+
+
+def train(config, method, seed, data, after_epoch=None, slices_left=0):
     """Train one network (and its teacher), and evaluate the last epoch on the test set.
 
     method: supervised or mean_teacher; data: from load_data, on the device; after_epoch: called
     with each epoch's row of the history and with the networks, student (and teacher), by name;
-    trainings_left: how many follow, for the time left. Saves METHOD-seedS.pt and .csv in
-    config.out and continues from them if they exist; on a CPU, an interrupted run ends bit for bit
-    like an uninterrupted one. -> dict: history (a dict per epoch), metrics[model][metric] (see
-    evaluate), the state_dicts student and teacher. InputError if the files are of another run.
+    slices_left: how many the trainings after this one see, for the time left. Saves
+    METHOD-seedS.pt and .csv in config.out and continues from them if they exist; on a CPU, an
+    interrupted run ends bit for bit like an uninterrupted one. -> dict: history (a dict per
+    epoch), metrics[model][metric] (see evaluate), the state_dicts student and teacher. InputError
+    if the files are of another run.
     """
     torch.manual_seed(1_000_000 * seed)                  # decides the initial weights
-    device, n_slices = data["train"].images.device, len(data["train"].images)
+    device = data["train"].images.device
     student, teacher, optimizer = build(config, method, device)
     models = {"student": student, "teacher": teacher} if teacher else {"student": student}
-    n_labelled = min(config.batch, n_slices)
-    n_unlabelled = config.unlabelled_batch if teacher and data["unlabelled"].where else 0
-    epochs = config.epochs[-1 if teacher else 0]
-    steps = config.steps or epochs * (n_slices // n_labelled)
-    epochs = min(epochs, steps)
+    epochs, steps, n_labelled, n_unlabelled = plan_run(config, method, data)
     path = Path(config.out, f"{method}-seed{seed}.pt")
     run = start_run(path, config, method, seed, data, models, optimizer)
     if run["finished"]:
@@ -1034,8 +1035,9 @@ def train(config, method, seed, data, after_epoch=None, trainings_left=0):
         history.append(row | {"val_student": math.nan, "val_teacher": math.nan})
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             save_epoch(run, path, config, models, optimizer, data, epoch == epochs)
-            pace = (time.perf_counter() - start) / (step - first_step)        # seconds per step
-            print_progress(history[-1], pace * (steps - step + trainings_left * steps))
+            seconds_per_step = (time.perf_counter() - start) / (step - first_step)
+            steps_left = steps - step + slices_left / (n_labelled + n_unlabelled)
+            print_progress(history[-1], seconds_per_step * steps_left)
         if after_epoch:
             after_epoch(history[-1], models)
     return run
@@ -1091,12 +1093,8 @@ def save(path, content):
     # The process id keeps apart two processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            # The content must be on the disk before the file gets its name.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     finally:
         # It exists only if something failed.
         temporary.unlink(missing_ok=True)
@@ -1194,8 +1192,12 @@ def experiment(config):
     # GPUs train separate runs in parallel: a batch of 16 small slices does not fill even one.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(itertools.product(seeds[rank::world], methods))
-    for i, (seed, method) in enumerate(mine, start=1):
-        train(config, method, seed, data[seed], trainings_left=len(mine) - i)
+    sizes = []                                           # slices that each training sees
+    for seed, method in mine:
+        plan = plan_run(config, method, data[seed])
+        sizes.append(plan.steps * (plan.n_labelled + plan.n_unlabelled))
+    for i, (seed, method) in enumerate(mine):
+        train(config, method, seed, data[seed], slices_left=sum(sizes[i + 1:]))
 
     runs = [run for run in folder_runs(out).values() if run["finished"]]
     finished = {(run["seed"], run["method"]) for run in runs}
@@ -1285,14 +1287,15 @@ def paired_difference(ours, others, split_seed):
         results.append((statistics.fmean(pairs) if pairs else math.nan, error))
         texts.append("{:+.2f} ± {:.2f}".format(*results[-1]).replace(" ± nan", "") + f" {name}")
     what = "random splits" if split_seed == -1 else "training seeds of one split"
-    note = f"mean ± standard error, {len(seeds)} {what}" if len(seeds) > 1 else "one run: no error"
+    note = "one run: no standard error"
+    if len(seeds) > 1:
+        note = f"mean ± standard error, {len(seeds)} {what}"
     return results[0], f"{', '.join(texts)} ({note})"
 
 
 def make_table(scores):
     """Mean (std) over runs as Markdown, like the paper's Table 1. scores: from mean_scores."""
-    names = ["Dice", "mIoU", "Accuracy", "Precision", "Recall", "Specificity", "Dice per scan"]
-    rows = [["test, %", *names], [":" + "-" * 21] + ["-" * 12 + ":"] * 7]
+    rows = [["test, %", *COLUMNS], [":" + "-" * 21] + ["-" * 12 + ":"] * 7]
     for label, by_seed in scores.items():
         rows.append([label])
         for name in COLUMNS:
@@ -1304,7 +1307,8 @@ def make_table(scores):
         lines.append(f"| {label:22} | " + " | ".join(cell.rjust(13) for cell in cells) + " |\n")
     runs = max(len(by_seed) for by_seed in scores.values())
     return "".join(lines) + (f"\nRuns: {runs}. The first six: means over the test slices with "
-                             "foreground (paper, Table 1). Dice per scan: over all slices.\n")
+                             "foreground (paper, Table 1). scan_dice: over all slices of a "
+                             "scan.\n")
 
 
 def compare(argv):
@@ -1358,32 +1362,35 @@ def draw_curves(runs):
 
 
 def draw_examples(config, runs, slices):
-    """Test slices, and outlines of the rater's mask and of each method's first run. -> Figure"""
+    """Outlines of the rater's mask and of each method's first run on test slices. -> Figure"""
     shown = slices.masks.flatten(1).any(1).nonzero().flatten()
     # At most four slices, evenly spaced
     shown = shown[::math.ceil(len(shown) / 4)].tolist()
     images, truth = slices.images[shown], slices.masks[shown]
-    rows = {"image": torch.zeros_like(truth), "rater": truth}
+    outlines = {"rater": truth}
     for run in runs:
         if run["seed"] == config.seed:
             network = build_network(config).to(images.device)
             network.load_state_dict(run.get("teacher", run["student"]))
-            rows[run["method"]] = predict_probabilities(network, images) > config.threshold
-    figure = Figure(figsize=(3 * len(shown), 3.2 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(shown), squeeze=False)
-    for k, (_, scan, z) in enumerate([slices.where[index] for index in shown]):
-        image = images[k, 0].cpu()
-        # Grey levels for the structure, not for bright fat around it
-        around = image[F.max_pool2d(truth[k], 9, stride=1, padding=4)[0].cpu() > 0]
-        for axis, (name, masks) in zip(axes[:, k], rows.items()):
-            axis.imshow(image, cmap="gray", vmin=around.min() - 0.2, vmax=around.max() + 0.2)
-            dice = segmentation_metrics(masks[k:k + 1], truth[k:k + 1])["dice"].item()
+            probabilities = predict_probabilities(network, images)
+            outlines[run["method"]] = probabilities > config.threshold
+    size = (3.2 * len(shown), 3.2 * len(outlines))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(outlines), len(shown), squeeze=False)
+    for row, (name, masks) in zip(axes, outlines.items()):
+        dice = segmentation_metrics(masks, truth)["dice"].tolist()
+        for k, axis in enumerate(row):
+            _, scan, z = slices.where[shown[k]]
+            title = f"{scan}, slice {z}" if name == "rater" else f"{name}, Dice {dice[k]:.1f}"
             # Names can have a $, which would start a formula.
-            axis.set_title(f"{name}, Dice {dice:.1f} %" if name in METHODS else
-                           f"{name}: {scan}, slice {z}", parse_math=False)
+            axis.set_title(title, fontsize=9, parse_math=False)
             axis.set_axis_off()
-            if masks[k].any():
-                axis.contour(masks[k, 0].cpu(), [0.5], colors=COLORS[name])
+            image, mask = images[k, 0].cpu(), masks[k, 0].cpu()
+            # Grey levels for the structure, not for bright fat around it
+            low, high = image[truth[k, 0].cpu() > 0].aminmax()
+            axis.imshow(image, cmap="gray", vmin=low - 1, vmax=high + 1)
+            if mask.any():
+                axis.contour(mask, [0.5], colors=COLORS[name])
     return figure
 
 
@@ -1461,8 +1468,8 @@ def predict(argv):
     for path, output in zip(given.images, outputs):
         image, _ = load_nifti(path, config.spacing)
         values = np.unique(image.get_fdata(dtype=np.float32))
-        require(not 2 <= len(values) <= 10 or (values % 1).any(),
-                f"{path}: looks like a mask: its only values are {values}; give the scan")
+        is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
+        require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
         foreground = predict_volume(image, network, config, path) > config.threshold
         save_mask(output, foreground, image)
         print(f"{output}: {foreground.sum()} voxels of foreground")
@@ -1474,12 +1481,11 @@ def save_mask(path, foreground, image):
 
     The rest can hold data of the patient.
     """
-    header = nib.Nifti1Header()
-    header["pixdim"][:4] = image.header["pixdim"][:4]
-    for name in ("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-                 "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
-        header[name] = image.header[name]
-    mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine, header, dtype=np.uint8)
+    mask = nib.Nifti1Image(foreground.astype(np.uint8), image.affine)
+    mask.header.set_zooms(image.header.get_zooms())
+    mask.header.set_xyzt_units(image.header.get_xyzt_units()[0])
+    mask.set_qform(*image.get_qform(coded=True))
+    mask.set_sform(*image.get_sform(coded=True))
     content = mask.to_bytes()
     if path.suffix == ".gz":
         # Without a time stamp, equal masks are equal files.
