@@ -300,11 +300,9 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     step: number of steps before this one; weight: w; alpha: its largest value, see line 10
     affine: degrees, translation in px, scale, for sample_affine; noise: its std
     amp: bfloat16 autocast; targets_of, consistency: to try other targets or another loss
-    -> dict of float32 scalars: loss, dice_loss, consistency_loss
-
-    Raises ValueError for a network in eval mode and for masks outside [0, 1]. The caller counts
-    step, ramps weight, and sets alpha and the learning rate, as train() does. In a run of less
-    than some 1000 steps, use alpha 0.95.
+    -> dict of float32 scalars: loss, dice_loss, consistency_loss. ValueError for a network in
+    eval mode and for masks outside [0, 1]. The caller counts step, ramps weight, and sets alpha
+    and the learning rate, as train() does; alpha 0.95 in runs of less than some 1000 steps.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
@@ -329,15 +327,14 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
                 targets.append(targets_of(teacher, x, phi, noise))                    # line 4
         phis.append(phi)
         inside.append(has_target)
-
     warped_masks = (warp(masks, phis[0]) >= 0.5).float()
     loss_dice = dice_loss(torch.sigmoid(logits[0].float()), warped_masks)             # line 5
     loss_consistency = torch.zeros_like(loss_dice)
     if teacher is not None:
         # Pixels from outside the image have no target and are ignored. (The Dice loss does not
         # need this: there the mask is 0, and the student soon predicts 0.)
-        loss_consistency = consistency(torch.cat(logits), torch.cat(targets),
-                                       torch.cat(inside))                             # line 6
+        loss_consistency = consistency(                                               # line 6
+            torch.cat(logits), torch.cat(targets), torch.cat(inside))
     loss = loss_dice + weight * loss_consistency                                      # line 7
     optimizer.zero_grad()
     loss.backward()
@@ -349,7 +346,8 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
         # some 100 steps. With the paper's 10 steps per epoch, the switch to 0.999 at epoch 51
         # makes alpha 0.998, and it reaches 0.999 at step 999.
         update_teacher(student, teacher, min(1 - 1 / (t + 1), alpha))                 # line 10
-    return {"loss": loss.detach(), "dice_loss": loss_dice.detach(),
+    return {"loss": loss.detach(),
+            "dice_loss": loss_dice.detach(),
             "consistency_loss": loss_consistency.detach()}
 
 
@@ -567,7 +565,8 @@ def individual(scan, config):
 
 def draw_roles(scans, config):
     """The random split. -> dict: individual -> train, val or test; InputError if too few"""
-    roles, labelled = {}, [scan for scan in scans if scan.masks]
+    roles = {}
+    labelled = [scan for scan in scans if scan.masks]
     generator = np.random.default_rng(config.split_seed)
     n_train, n_val, n_test = config.split
     # Test subjects are drawn first, so that they do not depend on the number to train with.
@@ -603,7 +602,8 @@ def split_scans(scans, config):
                     f"--{role} {name}: there is no such subject, or none with a mask")
             require(roles.setdefault(person, role) == role,
                     f"--{role} {name}: is in --{roles[person]} as well; choose one")
-    sets, rest = {"train": [], "val": [], "test": []}, []
+    sets = {"train": [], "val": [], "test": []}
+    rest = []
     for scan in scans:
         role = roles.get(individual(scan, config))
         if role in sets and scan.masks:
@@ -631,7 +631,9 @@ def load_nifti(path, spacing):
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         # (X, Y, Z, 1) is three-dimensional.
         image = nib.squeeze_image(image)
-        header, shape, dtype = image.header, image.shape, image.get_data_dtype()
+        header = image.header
+        shape = image.shape
+        dtype = image.get_data_dtype()
         unit = header.get_xyzt_units()[0]
         require(dtype.kind in "biuf", f"{dtype} voxels, expected one real number each; convert it "
                                       "(complex: take the magnitude)")
@@ -639,7 +641,8 @@ def load_nifti(path, spacing):
                 f"{' x '.join(map(str, shape))} voxels, expected three dimensions; save one "
                 "volume of it")
         require(unit in ("mm", "unknown"), f"voxel sizes in {unit}, expected mm; convert it")
-        sizes, zooms = nib.affines.voxel_sizes(image.affine), np.array(header.get_zooms())
+        sizes = nib.affines.voxel_sizes(image.affine)
+        zooms = np.array(header.get_zooms())
         require(min(sizes) > 0.01 and max(sizes) < 100 and np.allclose(sizes, zooms, rtol=0.02),
                 f"implausible voxel sizes, {sizes.round(3)} mm by its affine and {zooms.round(3)} "
                 "mm by pixdim; correct its header")
@@ -704,9 +707,11 @@ def center_crop(slices, height, width):
 
     Cropping back to H x W undoes a padding, and puts a crop back in its place.
     """
-    taller, wider = slices.shape[2] - height, slices.shape[3] - width
+    taller = slices.shape[2] - height
+    wider = slices.shape[3] - width
     # int(), not //, so that padding and cropping round alike
-    top, left = int(taller / 2), int(wider / 2)
+    top = int(taller / 2)
+    left = int(wider / 2)
     # A negative padding crops.
     return F.pad(slices, (-left, left - wider, -top, top - taller))
 
@@ -810,10 +815,14 @@ def load_data(config, device="cpu"):
         write_phantom(folder)
     scans = find_scans(folder, config.contrast, config.mask_name, config.rater)
     print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
-    data, faults = {}, []
+    data = {}
+    faults = []
     for name, members in split_scans(scans, config).items():
         nothing = torch.zeros(0, 1, config.crop, config.crop)
-        images, masks, where, checksums = [nothing], [nothing], [], {}
+        images = [nothing]
+        masks = [nothing]
+        where = []
+        checksums = {}
         keep_negative = name != "train" or config.negative_slices == "keep"
         for scan in members:
             try:
@@ -826,8 +835,9 @@ def load_data(config, device="cpu"):
             masks.append(slices.masks)
             where += slices.where
             checksums |= slices.checksums
-        data[name] = Slices(torch.cat(images).to(device), torch.cat(masks).to(device), where,
-                            checksums)
+        images = torch.cat(images).to(device)
+        masks = torch.cat(masks).to(device)
+        data[name] = Slices(images, masks, where, checksums)
         print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
     for name in ("train", "test"):
@@ -853,12 +863,13 @@ def segmentation_metrics(predictions, masks):
     p, y = predictions.bool().flatten(1), masks.bool().flatten(1)                  # (N, H * W)
     tp, fp = (p & y).sum(1), (p & ~y).sum(1)
     fn, tn = (~p & y).sum(1), (~p & ~y).sum(1)
-    metrics = {"dice": 2 * tp / (2 * tp + fp + fn),
-               "miou": tp / (tp + fp + fn),
-               "accuracy": (tp + tn) / (tp + fp + fn + tn),
-               "precision": tp / (tp + fp),
-               "recall": tp / (tp + fn),
-               "specificity": tn / (tn + fp)}
+    metrics = {
+        "dice": 2 * tp / (2 * tp + fp + fn),
+        "miou": tp / (tp + fp + fn),
+        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "precision": tp / (tp + fp),
+        "recall": tp / (tp + fn),
+        "specificity": tn / (tn + fp)}
     # 0 / 0 is NaN here and becomes 0.
     return {name: 100 * ratio.nan_to_num() for name, ratio in metrics.items()}
 
@@ -893,8 +904,9 @@ def evaluate(model, slices, config):
     for _, of_scan in itertools.groupby(range(len(slices.where)), lambda k: slices.where[k][1]):
         # All slices of a scan as one
         k = list(of_scan)
-        p, y = predictions[k].flatten(), slices.masks[k].flatten()
-        metrics["scan_dice"] += segmentation_metrics(p[None], y[None])["dice"].tolist()
+        p = predictions[k].flatten()[None]
+        y = slices.masks[k].flatten()[None]
+        metrics["scan_dice"] += segmentation_metrics(p, y)["dice"].tolist()
     return metrics
 
 
@@ -914,8 +926,12 @@ def build(config, method, device):
     teacher = make_teacher(student) if method == "mean_teacher" else None
     # The paper's L2 penalty is Adam's own weight_decay. AdamW's is a different method.
     decay = config.weight_decay[-1 if teacher else 0]
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, betas=(0.9, 0.999),
-                                 weight_decay=decay, fused=True)
+    optimizer = torch.optim.Adam(
+        student.parameters(),
+        lr=config.lr,
+        betas=(0.9, 0.999),
+        weight_decay=decay,
+        fused=True)
     return student, teacher, optimizer
 
 
@@ -940,13 +956,15 @@ def step_options(config, device):
         confident = torch.maximum(targets, 1 - targets) >= config.confidence
         return loss(logits, targets, valid & confident)
 
-    return {"affine": (config.degrees, config.translation, config.scale),
-            "noise": config.noise,
-            # Older GPUs (T4, V100) emulate bfloat16 slowly, or fail.
-            "amp": device.type == "cuda"
-                   and torch.cuda.is_bf16_supported(including_emulation=False),
-            "consistency": consistency,
-            "targets_of": same_input_targets if config.augmentation == "same" else delayed_targets}
+    # Older GPUs (T4, V100) emulate bfloat16 slowly, or fail.
+    amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    delayed = config.augmentation == "delayed"
+    return {
+        "affine": (config.degrees, config.translation, config.scale),
+        "noise": config.noise,
+        "amp": amp,
+        "consistency": consistency,
+        "targets_of": delayed_targets if delayed else same_input_targets}
 
 
 def batches(data, steps, n_labelled, n_unlabelled):
@@ -962,7 +980,8 @@ def batches(data, steps, n_labelled, n_unlabelled):
             orders.append(torch.randperm(len(images), device=images.device))
         return torch.cat(orders)[:steps * count].view(steps, count)
 
-    labelled, unlabelled = data["train"], data["unlabelled"]
+    labelled = data["train"]
+    unlabelled = data["unlabelled"]
     x_order = shuffled(labelled.images, n_labelled)
     u_order = shuffled(unlabelled.images, n_unlabelled)
     for x, u in zip(x_order, u_order):
@@ -978,7 +997,8 @@ class Plan(NamedTuple):
 
 def plan_run(config, method, data):
     """How long a training is, and how many slices it sees in a step. -> Plan"""
-    semi, n_slices = method == "mean_teacher", len(data["train"].images)
+    semi = method == "mean_teacher"
+    n_slices = len(data["train"].images)
     n_labelled = min(config.batch, n_slices)
     n_unlabelled = config.unlabelled_batch if semi and data["unlabelled"].where else 0
     epochs = config.epochs[-1 if semi else 0]
@@ -1009,7 +1029,9 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
         return run
     print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
           f"{n_unlabelled} unlabelled slices per step, on {device.type}\n{PROGRESS}")
-    options, start, history = step_options(config, device), time.perf_counter(), run["history"]
+    options = step_options(config, device)
+    history = run["history"]
+    start = time.perf_counter()
     first_step = steps * len(history) // epochs
 
     for epoch in range(len(history) + 1, epochs + 1):
@@ -1021,7 +1043,8 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
         w = config.consistency_weight * ramp_up(epoch, config.consistency_ramp) if teacher else 0
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
         # This epoch's share of the steps; without --steps, one pass over the labelled slices
-        step, last_step = steps * (epoch - 1) // epochs, steps * epoch // epochs
+        step = steps * (epoch - 1) // epochs
+        last_step = steps * epoch // epochs
         losses = []
         for x, y, u in batches(data, last_step - step, n_labelled, n_unlabelled):
             losses.append(train_step(student, teacher, optimizer, x, y, u, step, w, alpha,
@@ -1046,8 +1069,13 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
 def start_run(path, config, method, seed, data, models, optimizer):
     """A new run, or the one that train() saved, with its networks and optimiser. -> checkpoint"""
     if not path.exists():
-        return {"config": vars(config), "scans": scan_checksums(data), "method": method,
-                "seed": seed, "history": [], "finished": False}
+        return {
+            "config": vars(config),
+            "scans": scan_checksums(data),
+            "method": method,
+            "seed": seed,
+            "history": [],
+            "finished": False}
     run = load_checkpoint(path)
     check_run(path, run, config, data)
     for name, model in models.items():
@@ -1173,7 +1201,8 @@ def experiment(config):
     See report(). Under torchrun the processes share the seeds; the one that ends last reports, the
     others return None. InputError if config.out holds runs of other settings or scans.
     """
-    device, out = pick_device(config.device), Path(config.out)
+    device = pick_device(config.device)
+    out = Path(config.out)
     methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
@@ -1190,7 +1219,8 @@ def experiment(config):
     record = {"config": vars(config), "scans": scans}
     save(out / "config.json", json.dumps(record, indent=1).encode())
     # GPUs train separate runs in parallel: a batch of 16 small slices does not fill even one.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     mine = list(itertools.product(seeds[rank::world], methods))
     sizes = []                                           # slices that each training sees
     for seed, method in mine:
@@ -1238,13 +1268,21 @@ def report(config, runs, test_slices):
     the teacher's Dice minus the supervised network's, mean and standard error over runs, or None;
     table: text. test_slices: those of the first run of the command, for the examples.
     """
-    out, scores, rows = Path(config.out), mean_scores(runs), []
-    table, difference = "no test subjects", None
+    out = Path(config.out)
+    scores = mean_scores(runs)
+    rows = []
+    table = "no test subjects"
+    difference = None
     for run in runs:
         for model, metrics in run.get("metrics", {}).items():
             for k, (site, scan, z) in enumerate(metrics["where"]):
-                row = {"method": run["method"], "seed": run["seed"], "model": model,
-                       "site": site, "subject": scan, "slice": z}
+                row = {
+                    "method": run["method"],
+                    "seed": run["seed"],
+                    "model": model,
+                    "site": site,
+                    "subject": scan,
+                    "slice": z}
                 rows.append(row | {name: metrics[name][k] for name in METRICS})
     if rows:
         save_csv(out / "metrics.csv", rows)
@@ -1280,7 +1318,9 @@ def paired_difference(ours, others, split_seed):
 
     -> (mean, standard error) of the Dice, NaN where there are too few seeds; a text for both Dice
     """
-    seeds, results, texts = sorted(ours.keys() & others.keys()), [], []
+    seeds = sorted(ours.keys() & others.keys())
+    results = []
+    texts = []
     for metric, name in (("dice", "Dice"), ("scan_dice", "Dice per scan")):
         pairs = [ours[seed][metric] - others[seed][metric] for seed in seeds]
         error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
@@ -1325,12 +1365,13 @@ def compare(argv):
         require(run["seed"] != other["seed"] or tested[0] == tested[1],
                 f"{folders[1]}: run {run['seed']} was tested on other slices than in "
                 f"{folders[0]}; use the same data, --split and --split-seed")
-    scores, other_scores, result = mean_scores(ours), mean_scores(others), {}
-    for label in scores:
-        ours_row, others_row = scores[label], other_scores.get(label, {})
-        if ours_row.keys() & others_row.keys():
-            result[label], text = paired_difference(ours_row, others_row,
-                                                    ours[0]["config"]["split_seed"])
+    split_seed = ours[0]["config"]["split_seed"]
+    other_scores = mean_scores(others)
+    result = {}
+    for label, row in mean_scores(ours).items():
+        other_row = other_scores.get(label, {})
+        if row.keys() & other_row.keys():
+            result[label], text = paired_difference(row, other_row, split_seed)
             print(f"{label}: {text}")
     require(result, f"{folders[0]} and {folders[1]}: no runs of the same method and seed")
     return result
@@ -1366,7 +1407,8 @@ def draw_examples(config, runs, slices):
     shown = slices.masks.flatten(1).any(1).nonzero().flatten()
     # At most four slices, evenly spaced
     shown = shown[::math.ceil(len(shown) / 4)].tolist()
-    images, truth = slices.images[shown], slices.masks[shown]
+    images = slices.images[shown]
+    truth = slices.masks[shown]
     outlines = {"rater": truth}
     for run in runs:
         if run["seed"] == config.seed:
@@ -1385,7 +1427,8 @@ def draw_examples(config, runs, slices):
             # Names can have a $, which would start a formula.
             axis.set_title(title, fontsize=9, parse_math=False)
             axis.set_axis_off()
-            image, mask = images[k, 0].cpu(), masks[k, 0].cpu()
+            image = images[k, 0].cpu()
+            mask = masks[k, 0].cpu()
             # Grey levels for the structure, not for bright fat around it
             low, high = image[truth[k, 0].cpu() > 0].aminmax()
             axis.imshow(image, cmap="gray", vmin=low - 1, vmax=high + 1)
@@ -1420,7 +1463,8 @@ def predict_volume(image, network, config, name="image"):
         plane = center_crop(probabilities[z:z + 1], *size)
         plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
         result[:, :, z] = plane[0, 0].flip(0).T.numpy()
-    ras, stored = nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(image.affine)
+    ras = nib.orientations.axcodes2ornt("RAS")
+    stored = nib.io_orientation(image.affine)
     return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, stored))
 
 
