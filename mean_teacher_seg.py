@@ -493,11 +493,14 @@ def list_nifti(folder):
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name)
+            path = Path(parent, name)
+            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
+            # What looks like a folder here is a broken link to one.
+            require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
             if match:
                 key = Path(parent, match[1]).relative_to(folder).as_posix()
                 require(key not in files, f"{parent}: has {match[1]} as .nii and as .nii.gz")
-                files[key] = Path(parent, name)
+                files[key] = path
     return files
 
 
@@ -1141,7 +1144,8 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**run["config"])
+        unknown = sorted(run["config"].keys() ^ vars(DEMO).keys())
+        require(not unknown, f"settings {unknown}")
         parts = {"scans", "method", "seed", "history", "finished", "student", "optimizer"}
         require(parts <= run.keys(), f"without {sorted(parts - run.keys())}")
         return run
@@ -1214,7 +1218,9 @@ def experiment(config):
             data[seed] = data[config.seed] if data else load_data(config, device)
     scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
     for path, run in folder_runs(out).items():
-        check_run(path, run, config, data.get(run["seed"]))
+        # With one split for all, the data of any seed are those of every run.
+        own_split = config.split_seed == -1
+        check_run(path, run, config, data.get(run["seed"] if own_split else config.seed))
         scans[f"run {run['seed']}"] = run["scans"]
     record = {"config": vars(config), "scans": scans}
     save(out / "config.json", json.dumps(record, indent=1).encode())
@@ -1256,7 +1262,7 @@ def pick_device(name):
 
 
 def folder_runs(folder):
-    """The runs in a folder, by seed. -> dict: path -> checkpoint"""
+    """The runs in a folder, by seed, in memory. -> dict: path -> checkpoint"""
     runs = {path: load_checkpoint(path) for path in sorted(folder.glob("*-seed*.pt"))}
     return dict(sorted(runs.items(), key=lambda item: item[1]["seed"]))
 
@@ -1413,7 +1419,8 @@ def draw_examples(config, runs, slices):
     for run in runs:
         if run["seed"] == config.seed:
             network = build_network(config).to(images.device)
-            network.load_state_dict(run.get("teacher", run["student"]))
+            path = Path(config.out, f"{run['method']}-seed{run['seed']}.pt")
+            load_weights(network, run, "teacher" if "teacher" in run else "student", path)
             probabilities = predict_probabilities(network, images)
             outlines[run["method"]] = probabilities > config.threshold
     size = (3.2 * len(shown), 3.2 * len(outlines))
@@ -1424,13 +1431,15 @@ def draw_examples(config, runs, slices):
         for k, axis in enumerate(row):
             _, scan, z = slices.where[shown[k]]
             title = f"{scan}, slice {z}" if name == "rater" else f"{name}, Dice {dice[k]:.1f}"
-            # Names can have a $, which would start a formula.
+            # Names can have a $, which would start a formula, or bytes that are no text.
+            title = title.encode(errors="replace").decode()
             axis.set_title(title, fontsize=9, parse_math=False)
             axis.set_axis_off()
-            image = images[k, 0].cpu()
-            mask = masks[k, 0].cpu()
+            image = images[k, 0].cpu().numpy()
+            mask = masks[k, 0].cpu().numpy()
             # Grey levels for the structure, not for bright fat around it
-            low, high = image[truth[k, 0].cpu() > 0].aminmax()
+            inside = image[truth[k, 0].cpu().numpy() > 0]
+            low, high = inside.min(), inside.max()
             axis.imshow(image, cmap="gray", vmin=low - 1, vmax=high + 1)
             if mask.any():
                 axis.contour(mask, [0.5], colors=COLORS[name])
@@ -1503,8 +1512,9 @@ def predict(argv):
     if not run["finished"]:
         print(f"warning: {given.checkpoint}: the training is not finished")
     config = Config(**run["config"])
-    config = dataclasses.replace(config, crop=given.crop or config.crop)
-    check(config)
+    if given.crop is not None:
+        config = dataclasses.replace(config, crop=given.crop)
+        check(config)
     network = build_network(config)
     model = given.model or ("teacher" if "teacher" in run else "student")
     load_weights(network, run, model, given.checkpoint)
