@@ -13,7 +13,7 @@ moving average of the student's. On every slice the student is trained to agree 
      4      z~ = g(f(theta', x + other noise); phi)   teacher: the same phi AFTER it, "delayed"
      5      L  = -Dice(z, g(y; phi))                  labelled slices only            (eq. 3)
      6      C  = BCE(z, z~)                           labelled and unlabelled slices  (eq. 2)
-     7      loss = L + w C                            w ramps up over the first epochs
+     7      loss = L + w C                            w ramps up
      8      update theta with Adam                    no gradient goes through the teacher
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
@@ -21,7 +21,8 @@ moving average of the student's. On every slice the student is trained to agree 
 The method is sections 1 to 5, needs only copy, math and torch, and refers to nothing below it:
 1 U-Net, 2 losses, 3 delayed augmentation, 4 teacher and ramps, 5 training step. The program
 around it: 6 configuration, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
-12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper.
+12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper, and
+"authors" the first author's public code (section 6), used where the paper is silent.
 
     python mean_teacher_seg.py                   demo on a synthetic phantom, minutes on a CPU
     python mean_teacher_seg.py --data DIR        your scans, the paper's settings; needs a GPU
@@ -31,7 +32,7 @@ around it: 6 configuration, 7 data, 8 metrics, 9 training loop, 10 experiment, 1
     python mean_teacher_seg.py compare RUNS OTHER_RUNS        paired differences of two folders
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10         many GPUs
 
-README.md says what it gains: with 2 labelled subjects, on real MRI, two points of Dice or less.
+The gain is small: with 2 labelled subjects, on real MRI, some two points of Dice (README.md).
 """
 import argparse
 import copy
@@ -178,8 +179,8 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     def uniform(limit):
         return torch.empty(n, device=device).uniform_(-limit, limit)
 
-    # From output to input, so a zoom above 1 enlarges the picture.
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
+    # Divided, as phi leads from output to input: a zoom above 1 enlarges the picture.
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([cos, -sin, uniform(translation), sin, cos, uniform(translation)], dim=1)
     return rows.view(n, 2, 3)
@@ -189,8 +190,8 @@ def warp(images, phi):
     """g(.; phi): resample images, masks or probabilities by an affine transformation.
 
     images (B, C, H, W) float, phi (B, 2, 3) in px as from sample_affine -> (B, C, H, W), float32.
-    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. Raises ValueError for volumes
-    (B, C, D, H, W). Source: paper, section 2.1.
+    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. affine_grid raises ValueError for
+    volumes (B, C, D, H, W). Source: paper, section 2.1.
     """
     height, width = images.shape[-2:]
     # affine_grid uses coordinates from -1 to 1 along each side, whatever its length. Convert px;
@@ -241,9 +242,9 @@ def delayed_targets(teacher, images, phi, noise=0.1):
 def make_teacher(student):
     """A copy of the student that gets no gradient. Any nn.Module -> the same type.
 
-    Each layer keeps its mode: one that is frozen in eval mode stays frozen. A teacher with random
-    weights of its own (authors) would pull the student towards noise until the average has
-    forgotten them. Raises ValueError for parameters in half precision. Source: paper, section 2.
+    Each layer keeps its mode: one that is frozen in eval mode stays frozen. The authors give the
+    teacher random weights of its own; until the average has forgotten these, it pulls the student
+    towards noise. Raises ValueError for parameters in half precision. Source: paper, section 2.
     """
     for name, parameter in student.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -278,8 +279,8 @@ def ramp_up(epoch, length):
 def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 in the last one.
 
-    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch after a cosine it
-    is 0, so of all weights only the teacher's change. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the cosine's last epoch it is 0:
+    the student stands still, and only the teacher changes. Source: paper, section 3.1.
     """
     # A training of one epoch would consist of that last one only: no decay there.
     if epoch <= ramp or epochs == 1:
@@ -292,21 +293,21 @@ def learning_rate_factor(epoch, epochs, ramp):
 def train_step(student, teacher, optimizer, images, masks, unlabelled, step, weight=2.9,
                alpha=0.99, affine=(4.5, 0.0, 0.0), noise=0.1, amp=False,
                targets_of=delayed_targets, consistency=consistency_loss):
-    """One step of Algorithm 1, in place. The networks map (B, C, H, W) to logits (B, 1, H, W).
+    """One step of Algorithm 1. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
     teacher: None for the supervised baseline, which ignores unlabelled
     images: (B, C, H, W) float, z-scored; masks: (B, 1, H, W) in {0, 1}
     unlabelled: (U, C, H, W); U may be 0
-    step: number of steps before this one; weight: w; alpha: its largest value, see line 10
+    step: number of steps before this one; weight: w; alpha: its upper limit, see below
     affine: degrees, translation in px, scale, for sample_affine; noise: its std
     amp: bfloat16 autocast; targets_of, consistency: to try other targets or another loss
     -> dict of float32 scalars: loss, dice_loss, consistency_loss. ValueError for a network in
     eval mode and for masks outside [0, 1]. The caller counts step, ramps weight, and sets alpha
-    and the learning rate, as train() does; alpha 0.95 in runs of less than some 1000 steps.
+    and the learning rate, as train() does; alpha 0.95 in runs of fewer than some 1000 steps.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
-                         ".train() on both, also after every evaluation")
+                         ".train() on both after an evaluation, then .eval() on frozen layers")
     if not (masks.min() >= 0 and masks.max() <= 1):
         raise ValueError(f"masks must be 0 or 1, got {masks.min():g} to {masks.max():g}: make "
                          "them binary, for example (masks == 1).float()")
@@ -404,10 +405,10 @@ class Config:
     lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
-    # Per pixel, the Dice gradient is about 1 / (foreground pixels), the consistency gradient w /
-    # (all pixels). So relative to the Dice loss, w is stronger where the share of foreground is
-    # larger. In the paper it is about 0.3 % (estimated from Table 1). For other data, tune w on
-    # validation subjects.
+    # The Dice gradient of one pixel is about 1 / (foreground pixels), the consistency gradient
+    # w / (all pixels). So the same w is stronger where more of the image is foreground: about
+    # 0.3 % of it in the paper (estimated from Table 1). For other data, tune w on validation
+    # subjects.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of the ramp-up of w")
     alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
@@ -416,7 +417,7 @@ class Config:
     consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
     augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
                                choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is lower; did "
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below; did "
                                "not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
@@ -484,7 +485,8 @@ class Slices(NamedTuple):
 def list_nifti(folder):
     """All NIfTI files below a folder. -> dict: path below it without .nii or .nii.gz -> Path
 
-    Follows links, skips hidden files. Broken links are listed: reading them reports their names.
+    Follows links, skips hidden files. A broken link to a file is listed: reading it reports its
+    name. One to a folder is an InputError, as its scans would be missing in silence.
     """
     def stop(error):
         raise error
@@ -495,7 +497,7 @@ def list_nifti(folder):
         for name in sorted(names):
             path = Path(parent, name)
             match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
-            # What looks like a folder here is a broken link to one.
+            # os.walk lists a broken link to a folder as a file; such names have no dot.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
             if match:
                 key = Path(parent, match[1]).relative_to(folder).as_posix()
@@ -541,6 +543,7 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, r
             for base, mask_name in itertools.product((name, stem), mask_names):
                 start = f"{labels}{base}_{mask_name}"
                 candidates += [path for path in beside if path.startswith(start)]
+            # This one does not exist; the note below says that it was expected.
             if beside and not candidates:
                 candidates = [f"{labels}{name}_{mask_names[0]}"]
         elif place == "imagesTr":
@@ -586,10 +589,11 @@ def draw_roles(scans, config):
 def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
-    Every individual has one role, so that no other visit of a test subject is ever trained on: the
-    one named by --train, --val, --test or --unlabelled, or a random one (--split). The scans that
-    remain, except those of val and test, are unlabelled: if --unlabelled is given, only the named;
-    after a random split, only those without masks, if there are any.
+    Every individual has one role, so that no other visit of a test subject is ever trained on.
+    Roles are named by --train, --val, --test and --unlabelled, or drawn at random (--split).
+    Unlabelled are: with --unlabelled, the named individuals only; otherwise every scan that is
+    left, also a training subject's without a mask, but none of val and test. After a random split,
+    scans with masks are left out of these if there are any without.
     """
     labelled = {individual(scan, config) for scan in scans if scan.masks}
     everyone = {individual(scan, config) for scan in scans}
@@ -611,7 +615,7 @@ def split_scans(scans, config):
         role = roles.get(individual(scan, config))
         if role in sets and scan.masks:
             sets[role].append(scan)
-        elif role == "unlabelled" or role in (None, "train") and not config.unlabelled:
+        elif role == "unlabelled" or (role in (None, "train") and not config.unlabelled):
             rest.append(scan)
     if not config.train and not config.unlabelled:
         rest = [scan for scan in rest if not scan.masks] or rest
@@ -787,7 +791,7 @@ def read_scan(scan, config, labelled, keep_negative):
         masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
         masks = center_crop(masks, config.crop, config.crop)
         positive = keep & masks.flatten(1).any(1)
-        # A scan without any says nothing about the structure.
+        # A scan without any positive slice is left out whole.
         if not keep_negative or not positive.any():
             keep = positive
         masks = masks[keep]
@@ -978,6 +982,7 @@ def batches(data, steps, n_labelled, n_unlabelled):
     on with a new order when a set is used up.
     """
     def shuffled(images, count):
+        # cat needs one order at least.
         orders = [torch.arange(0, device=images.device)]
         for _ in range(math.ceil(steps * count / max(len(images), 1))):
             orders.append(torch.randperm(len(images), device=images.device))
