@@ -190,8 +190,8 @@ def warp(images, phi):
     """g(.; phi): resample images, masks or probabilities by an affine transformation.
 
     images (B, C, H, W) float, phi (B, 2, 3) in px as from sample_affine -> (B, C, H, W), float32.
-    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. affine_grid raises ValueError for
-    volumes (B, C, D, H, W). Source: paper, section 2.1.
+    Bilinear, 0 outside the image. Threshold a warped mask at 0.5. affine_grid refuses volumes
+    (B, C, D, H, W) with a ValueError. Source: paper, section 2.1.
     """
     height, width = images.shape[-2:]
     # affine_grid uses coordinates from -1 to 1 along each side, whatever its length. Convert px;
