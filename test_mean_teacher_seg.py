@@ -1868,8 +1868,7 @@ def test_a_slice_without_contrast_is_dropped(scan, capsys, value):
     assert capsys.readouterr().out == ""
     write_nifti(scan.image, np.full(SHAPE, value))
     assert len(read(scan, labelled=False, spacing=0.7).images) == 0
-    assert capsys.readouterr().out == (
-        f"warning: {scan.image}: not used: inside the crop, no slice has contrast\n")
+    assert f"{scan.image}: not used: inside the crop, no slice has contrast\n" in capsys.readouterr().out
 
 
 def test_a_pixel_of_a_mask_is_foreground_from_one_half_on(scan):
@@ -2226,7 +2225,7 @@ def test_training_goes_on_after_an_exception_bit_for_bit(tmp_path, monkeypatch, 
         log = read_csv(cut / f"{name}.csv")
         assert [int(row["epoch"]) for row in log] == [*range(1, logged + 1)]
         run = torch.load(cut / f"{name}.pt", weights_only=True)
-        assert (len(run["history"]), run["finished"]) == (4, False)
+        assert (len(run["history"]), run["finished"], "metrics" in run) == (4, False, False)
     steps.clear()
     train(cut, method, epochs=(8,), dropout=0.1)
     assert steps == [*range(12, 24)]
@@ -2607,7 +2606,7 @@ def test_the_examples_are_test_slices_with_the_outlines_of_rater_and_methods(fin
         inside = image[truth[k]]
         assert axis.images[0].get_clim() == pytest.approx((inside.min() - 1, inside.max() + 1))
         paths = [path for contours in axis.collections for path in contours.get_paths()]
-        assert mask.any() and outline_of(mask) == {
+        assert outline_of(mask) == {
             (x, y) for path in paths for x, y in path.vertices.tolist()}
     assert not [*panels]
 
