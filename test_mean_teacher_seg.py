@@ -12,12 +12,10 @@ import copy
 import csv
 import dataclasses
 import gzip
-import hashlib
 import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
