@@ -381,7 +381,8 @@ class Config:
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)")
     rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
     contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one (here)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one, with "
+                              "or without the image's suffix (here)")
     visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression of what "
                         "is removed from a subject's name (BIDS: its folder; Decathlon: the scan) "
                         "to get the individual, whose scans stay in one set (here)")
@@ -809,7 +810,8 @@ def warn_if_cropped(path, mask, voxel_mm, config):
     outside = (millimetres > config.crop * config.spacing / 2).any(1)
     if outside.any() and outside.mean() > 0.01:
         print(f"warning: {path}: {outside.mean():.0%} of the foreground is outside the centre "
-              f"crop of {config.crop} px of {config.spacing} mm; raise --crop")
+              f"crop of {config.crop} px of {config.spacing} mm, and left out of all metrics; "
+              "raise --crop")
 
 
 def load_data(config, device="cpu"):
@@ -1308,7 +1310,8 @@ def report(config, runs, test_slices):
         save_figure(out / "curves.png", draw_curves(runs))
         if rows:
             save_figure(out / "examples.png", draw_examples(config, runs, test_slices))
-    print(f"\n{table}\nTable, per-slice metrics, checkpoints and pictures are in {out}")
+    results = "Table, per-slice metrics, checkpoints and pictures" if rows else "Checkpoints"
+    print(f"\n{table}\n{results} are in {out}")
     return {"scores": scores, "difference": difference, "table": table}
 
 
@@ -1508,6 +1511,7 @@ def predict(argv):
     require(len(set(outputs)) == len(given.images),
             f"{given.output}: several scans for one mask; give a folder, and scans of other names")
     for image, output in zip(given.images, outputs):
+        require(not image.is_dir(), f"{image}: is a folder; give its files, as {image}/*.nii.gz")
         require(output.name.endswith(endings), f"{output}: must end in .nii or .nii.gz")
         require(output.resolve() != image.resolve(),
                 f"{output}: is the scan itself; give another --output")
