@@ -1111,7 +1111,7 @@ def test_the_notebook_runs_from_a_clean_kernel_and_knows_right_answers_from_wron
     shutil.copy(SCRIPT, tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace",
-         "tutorial.ipynb"], cwd=tmp_path, capture_output=True, text=True, timeout=900,
+         "tutorial.ipynb"], cwd=tmp_path, capture_output=True, text=True, timeout=2400,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
     cells = code_cells(tmp_path / "tutorial.ipynb")
