@@ -659,6 +659,10 @@ def load_nifti(path, spacing):
         side = (shape * sizes)[axes < 2].max() / spacing
         require(side <= 8192, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
                               "8192 at most; check --spacing and the voxel sizes")
+        # Before nibabel reserves the memory that a damaged header asks for
+        require(len(content) >= np.prod(shape, dtype=float) * dtype.itemsize,
+                f"cannot be read as NIfTI: {len(content)} bytes, fewer than {shape} voxels need; "
+                "download or convert it again")
         volume = image.get_fdata(dtype=np.float32)
         require(np.isfinite(volume).all(), "NaN or infinite voxels; replace them")
         checksum = hashlib.sha256(content).hexdigest()
