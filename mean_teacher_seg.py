@@ -579,11 +579,12 @@ def draw_roles(scans, config):
     # Test subjects are drawn first, so that they do not depend on the number to train with.
     drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
     for site in sorted({scan.site for scan in labelled}):
-        people = {individual(scan, config) for scan in labelled if scan.site == site}
-        require(len(people) >= len(drawn),
-                f"{len(people)} subjects with masks in {site or config.data}, too few for "
+        of_site = [scan for scan in labelled if scan.site == site]
+        individuals = {individual(scan, config) for scan in of_site}
+        require(len(individuals) >= len(drawn),
+                f"{len(individuals)} subjects with masks in {site or config.data}, too few for "
                 f"--split {config.split}; lower it")
-        roles |= dict(zip(generator.permutation(sorted(people)), drawn))
+        roles |= dict(zip(generator.permutation(sorted(individuals)), drawn))
     return roles
 
 
