@@ -18,11 +18,12 @@ moving average of the student's. On every slice the student is trained to agree 
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
 
-The method is sections 1 to 5, needs only copy, math and torch, and refers to nothing below it:
-1 U-Net, 2 losses, 3 delayed augmentation, 4 teacher and ramps, 5 training step. The program
-around it: 6 configuration, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
-12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper, and
-"authors" the first author's public code (section 6), used where the paper is silent.
+g(x; phi) is the image x, resampled by phi. The method is sections 1 to 5 of this file: 1 U-Net,
+2 losses, 3 delayed augmentation, 4 teacher and ramps, 5 training step. Copied into your own code,
+they need only copy, math and torch. The program around it: 6 configuration, 7 data, 8 metrics,
+9 training loop, 10 experiment, 11 predict, 12 phantom, 13 command line. "Section 4" means this
+file, "paper, section 2.1" the paper, and "authors" the first author's public code (section 6),
+used where the paper is silent.
 
     python mean_teacher_seg.py                   demo on a synthetic phantom, minutes on a CPU
     python mean_teacher_seg.py --data DIR        your scans, the paper's settings; needs a GPU
@@ -147,10 +148,10 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
                              f"shape, got {tuple(student_logits.shape)} and {tuple(other.shape)}")
     # C(theta) = E[ -y log p - (1-y) log(1-p) ], p the student's and y the teacher's prediction.
     # Eq. 2 prints "-y log p + (1-y) log(1-p)". That has no minimum: at y = 0 it is log(1-p), which
-    # falls without bound as p goes to 1, and p = 1 is what the teacher calls wrong.
+    # falls without bound as p goes to 1, the opposite of what the teacher says.
     # The value has a floor: at p = y it is the teacher's entropy, not 0. Where the teacher says
     # 0.5, a pixel costs at least 0.693 (ln 2), even if the student agrees. The gradient with
-    # respect to the logit is p - y and does vanish there.
+    # respect to the logit, p - y, is 0 at p = y.
     y = teacher_probabilities.float()
     distance = F.binary_cross_entropy_with_logits(student_logits.float(), y, reduction="none")
     if valid is None:
@@ -180,7 +181,7 @@ def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
         return torch.empty(n, device=device).uniform_(-limit, limit)
 
     angle, zoom = torch.deg2rad(uniform(degrees)), 1 + uniform(scale)
-    # Divided, as phi leads from output to input: a zoom above 1 enlarges the picture.
+    # phi maps output to input, so the zoom divides: a zoom above 1 enlarges the picture.
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([cos, -sin, uniform(translation), sin, cos, uniform(translation)], dim=1)
     return rows.view(n, 2, 3)
@@ -211,9 +212,9 @@ def warp(images, phi):
 def augment(images, phi, noise=0.1):
     """What the student sees: g(x; phi) + noise.
 
-    images (B, C, H, W), phi (B, 2, 3) in px, noise: its std in the unit of the images -> augmented
-    (B, C, H, W) float32; inside (B, 1, H, W) bool, False where phi samples from outside the image,
-    so that there is no target. Source: paper, section 2.1.
+    images (B, C, H, W) float32, phi (B, 2, 3) in px, noise: its std in the unit of the images ->
+    augmented (B, C, H, W) float32; inside (B, 1, H, W) bool, False for pixels that phi takes from
+    outside the image: they have no target. Source: paper, section 2.1.
     """
     # Warp a channel of ones too: it drops below 1 where phi samples outside the image.
     ones = torch.ones_like(images[:, :1])
@@ -242,9 +243,10 @@ def delayed_targets(teacher, images, phi, noise=0.1):
 def make_teacher(student):
     """A copy of the student that gets no gradient. Any nn.Module -> the same type.
 
-    Each layer keeps its mode: one that is frozen in eval mode stays frozen. The authors give the
-    teacher random weights of its own; until the average has forgotten these, it pulls the student
-    towards noise. Raises ValueError for parameters in half precision. Source: paper, section 2.
+    Each layer keeps its mode: one that is frozen in eval mode stays frozen. The authors start the
+    teacher with random weights of its own; until the average has forgotten these weights, the
+    targets are noise. Raises ValueError for parameters in half precision.
+    Source: paper, section 2.
     """
     for name, parameter in student.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -260,9 +262,9 @@ def update_teacher(student, teacher, alpha):
     """
     # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
     # need not be: the teacher runs in train mode on every batch (with Dropout, too) and so keeps
-    # running statistics of its own activations. The common bug is to skip the buffers AND run the
-    # teacher in eval mode: its buffers then stay as they were copied, at mean 0 and variance 1 in
-    # a new network. A teacher that must run in eval mode needs the student's buffers copied here.
+    # running statistics of its own activations. It would be a bug only with a teacher in eval
+    # mode, whose buffers would stay as they were copied, at mean 0 and variance 1 in a new
+    # network. train_step refuses such a teacher.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
 
@@ -280,7 +282,7 @@ def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 in the last one.
 
     epoch: counted from 1. -> float in [0, 1], multiplies eta. In the cosine's last epoch it is 0:
-    the student stands still, and only the teacher changes. Source: paper, section 3.1.
+    the student's weights stand still, and only the teacher changes. Source: paper, section 3.1.
     """
     # A training of one epoch would consist of that last one only: no decay there.
     if epoch <= ramp or epochs == 1:
@@ -296,14 +298,14 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     """One step of Algorithm 1. The networks map (B, C, H, W) to logits (B, 1, H, W).
 
     teacher: None for the supervised baseline, which ignores unlabelled
-    images: (B, C, H, W) float, z-scored; masks: (B, 1, H, W) in {0, 1}
+    images: (B, C, H, W) float32, z-scored; masks: (B, 1, H, W) in [0, 1], foreground from 0.5
     unlabelled: (U, C, H, W); U may be 0
-    step: number of steps before this one; weight: w; alpha: its upper limit, see below
+    step: number of steps before this one; weight: w; alpha: the upper limit of line 10's alpha
     affine: degrees, translation in px, scale, for sample_affine; noise: its std
     amp: bfloat16 autocast; targets_of, consistency: to try other targets or another loss
     -> dict of float32 scalars: loss, dice_loss, consistency_loss. ValueError for a network in
     eval mode and for masks outside [0, 1]. The caller counts step, ramps weight, and sets alpha
-    and the learning rate, as train() does; alpha 0.95 in runs of fewer than some 1000 steps.
+    and the learning rate. Use alpha 0.95 in trainings of fewer than some 1000 steps.
     """
     if not (student.training and (teacher is None or teacher.training)):
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
@@ -342,10 +344,10 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     optimizer.step()                                                                  # line 8
     t = step + 1                                                                      # line 9
     if teacher is not None:
-        # At first a plain mean of all students: alpha is 1/2, 2/3, 3/4, ... (authors), and 0.99
-        # only at step 99. A constant 0.99 would keep the random first weights in the teacher for
-        # some 100 steps. With the paper's 10 steps per epoch, the switch to 0.999 at epoch 51
-        # makes alpha 0.998, and it reaches 0.999 at step 999.
+        # At first the teacher is the plain mean of all students: alpha is 1/2, 2/3, 3/4, ...
+        # (authors), and 0.99 only at step 99. A constant 0.99 would keep the random first weights
+        # in the teacher for some 100 steps. With the paper's settings, the argument alpha becomes
+        # 0.999 at step 500. There 1 - 1/(t + 1) is 0.998, and it reaches 0.999 at step 999.
         update_teacher(student, teacher, min(1 - 1 / (t + 1), alpha))                 # line 10
     return {"loss": loss.detach(),
             "dice_loss": loss_dice.detach(),
@@ -359,6 +361,15 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
 # (github.com/perone/medicaltorch) or for the follow-up study with the same settings
 # (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
 # here: our choice. Every field is an option of the command line.
+
+class InputError(Exception):
+    """Bad input. The text names the file, what is wrong, what was expected and what to do."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
 
 def option(default, help_text, least=0, most=1e9, choices=None):
     metadata = {"help": help_text, "range": (least, most), "choices": choices}
@@ -388,7 +399,8 @@ class Config:
                         "to get the individual, whose scans stay in one set (here)")
     negative_slices: str = option("drop", "training slices without foreground; keep them if the "
                                   "structure ends inside similar tissue", choices=["drop", "keep"])
-    split: tuple = option((2, 2, 3), "subjects per site to train, validate, test, drawn at random")
+    split: tuple = option((2, 2, 3), "subjects per site (BIDS, Decathlon: one site) to "
+                          "train, validate, test, drawn at random")
     split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
     train: tuple = option((), "training subjects by name, with all visits, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
@@ -399,7 +411,8 @@ class Config:
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
     # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
     epochs: tuple = option((1600, 350), "number of epochs", 1)
-    steps: int = option(0, "training steps, split evenly over the epochs; 0: an epoch is a pass")
+    steps: int = option(0, "steps of the whole training, split evenly over the epochs; 0: "
+                        "an epoch is one pass over the labelled slices")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
     unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
     lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
@@ -407,27 +420,48 @@ class Config:
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
     # The Dice gradient of one pixel is about 1 / (foreground pixels), the consistency gradient
-    # w / (all pixels). So the same w is stronger where more of the image is foreground: about
-    # 0.3 % of it in the paper (estimated from Table 1). For other data, tune w on validation
-    # subjects.
+    # w / (all pixels). Their ratio is w times the foreground's share of the image, which is about
+    # 0.3 % in the paper (estimated from Table 1): where it is larger, the same w is stronger. For
+    # other data, tune w on validation subjects.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of the ramp-up of w")
-    alpha: float = option(0.99, "EMA decay at first: a memory of 1/(1-alpha) steps", 0, 1)
+    alpha: float = option(0.99, "decay of the moving average (EMA) at first: a memory "
+                          "of 1/(1-alpha) steps", 0, 1)
     alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
     alpha_epochs: int = option(50, "epochs with --alpha, before --alpha-late")
-    consistency: str = option("bce", "mse: worse (paper, section 2)", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "same: one warped input for both networks (paper, 2.1)",
+    consistency: str = option("bce", "loss between student and teacher; mse was worse (paper, "
+                              "section 2)", choices=["bce", "mse"])
+    augmentation: str = option("delayed", "delayed: warp the teacher's output; same: warp its "
+                               "input, as the student's (paper, section 2.1)",
                                choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below; did "
-                               "not help (paper, section 2)", 0, 1)
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below this, "
+                               "0.5 to 1; did not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
     scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of added Gaussian noise; the paper's N(0, 0.01) as variance")
+    noise: float = option(0.1, "std of the added Gaussian noise; the paper's variance is 0.01")
     # Evaluation
     threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
     validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
+
+    def __post_init__(self):
+        """InputError if a value is out of its range, or if values do not fit each other."""
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            least, most = field.metadata["range"]
+            for value in values if isinstance(values, tuple) else (values,):
+                # NaN fails too
+                require(isinstance(value, str) or least <= value <= most,
+                        f"--{field.name.replace('_', '-')} {value}: must be {least:g} to {most:g}")
+        require(self.crop % 8 == 0, f"--crop {self.crop}: must be a multiple of 8")
+        require(len(self.split) == 3, f"--split {self.split}: expected three numbers")
+        require(max(len(self.epochs), len(self.weight_decay)) < 3,
+                "--epochs and --weight-decay: expected one number, or two for the two methods")
+        try:
+            re.compile(self.visit)
+        except re.error as error:
+            raise InputError(f"--visit {self.visit}: not a regular expression ({error})") from None
 
 
 # DEMO is small enough for two CPU cores. All values that it does not name are Config's. They were
@@ -446,17 +480,10 @@ DEMO = Config(
 
 
 # --- 7. Data -------------------------------------------------------------------------------------
+# Three layouts of files: SCGM, the Spinal Cord Grey Matter challenge, whose data the paper uses;
+# BIDS and the Medical Segmentation Decathlon, two common ones. find_scans() describes them.
 # Volumes become axial slices: rows run from anterior to posterior, columns from the subject's left
 # to the right (neurological convention). All slices are on the device before the first step.
-
-class InputError(Exception):
-    """Bad input. The text names the file, what is wrong, what was expected and what to do."""
-
-
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
 
 noted = set()
 
@@ -484,7 +511,7 @@ class Slices(NamedTuple):
 
 
 def list_nifti(folder):
-    """All NIfTI files below a folder. -> dict: path below it without .nii or .nii.gz -> Path
+    """All NIfTI files below a folder. -> dict: folder below it -> name without ending -> Path
 
     Follows links, skips hidden files. A broken link to a file is listed: reading it reports its
     name. One to a folder is an InputError, as its scans would be missing in silence.
@@ -492,19 +519,72 @@ def list_nifti(folder):
     def stop(error):
         raise error
 
-    files = {}
+    tree = {}
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")
+        files = {}
         for name in sorted(names):
             path = Path(parent, name)
             match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
             # os.walk lists a broken link to a folder as a file; such names have no dot.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
             if match:
-                key = Path(parent, match[1]).relative_to(folder).as_posix()
-                require(key not in files, f"{parent}: has {match[1]} as .nii and as .nii.gz")
-                files[key] = path
-    return files
+                require(match[1] not in files, f"{path}: is there as .nii and as .nii.gz")
+                files[match[1]] = path
+        tree[Path(parent).relative_to(folder).as_posix()] = files
+    return tree
+
+
+def find_masks(tree, folder, patterns, image):
+    """The files in one folder of the tree whose names match. -> dict: name -> Path
+
+    patterns: regular expressions, the preferred one first. Prints a note if several files match,
+    or none of those that are there.
+    """
+    files = tree.get(folder, {})
+    masks = {}
+    for pattern in patterns:
+        for name, path in files.items():
+            if re.fullmatch(pattern, name, re.DOTALL):
+                masks[name] = path
+    if len(masks) > 1:
+        note_once("where several masks match --mask-name, the first is used", list(masks))
+    if files and not masks:
+        note_once("scans count as unlabelled if no file in the folder of the masks has the name "
+                  "of a mask (--mask-name, --rater)", f"{image}, without {folder}/{patterns[0]}")
+    return masks
+
+
+def make_scan(tree, place, name, image, contrasts, mask_names, rater):
+    """The Scan of an image, with its masks. See find_scans. None for a file that is not a scan."""
+    scgm = re.fullmatch(r"((site\d)-sc(\d\d))-image", name)
+    if scgm:
+        subject, site, number = scgm.groups()
+        masks = {}
+        # sc11 to sc20 are the challenge's test half: unlabelled in any case.
+        if int(number) <= 10:
+            masks = find_masks(tree, place, [f"{subject}-mask-r{rater}"], image)
+        return Scan(site, subject, subject, image, masks)
+    if place == "imagesTr":
+        masks = find_masks(tree, "labelsTr", [re.escape(name)], image)
+        return Scan("", name, name, image, masks)
+    if place == "imagesTs":
+        return Scan("", name, name, image, {})
+    suffixes = [contrast for contrast in contrasts if name.endswith(f"_{contrast}")]
+    if not suffixes or not re.fullmatch("sub-[^/]+/(.+/)?anat", place):
+        return None
+    suffix = max(suffixes, key=len)
+    stem = name.removesuffix(f"_{suffix}")
+    # Only magnitude images, and nothing that was derived from an image
+    if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
+        note_once("derived and non-magnitude images are left out; name them in --contrast to use "
+                  "them, as desc-preproc_T1w", name)
+        return None
+    # The image's name, with or without its suffix, then the mask's name, then anything
+    start = f"{re.escape(stem)}(_{re.escape(suffix)})?_"
+    patterns = [f"{start}{re.escape(mask_name)}.*" for mask_name in mask_names]
+    masks = find_masks(tree, f"derivatives/labels/{place}", patterns, image)
+    return Scan("", place.split("/")[0], name, image, masks)
 
 
 def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, rater=Config.rater):
@@ -517,74 +597,60 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, r
     Decathlon: imagesTr/NAME and imagesTs/NAME, the mask labelsTr/NAME.
     """
     require(Path(folder).is_dir(), f"{folder}: no such folder; give that of your scans to --data")
-    files = list_nifti(folder)
+    tree = list_nifti(folder)
     scans = {}
-    for key, image in files.items():
-        place, _, name = key.rpartition("/")
-        site, subject = "", name
-        scgm = re.fullmatch(r"((site\d)-sc(\d\d))-image", name)
-        suffixes = [contrast for contrast in contrasts if name.endswith(f"_{contrast}")]
-        candidates = []                                  # where the mask may be
-        if scgm:
-            subject, site, number = scgm.groups()
-            name = subject
-            # sc11 to sc20 are the challenge's test half: unlabelled in any case.
-            if int(number) <= 10:
-                candidates = [key.removesuffix("image") + f"mask-r{rater}"]
-        elif suffixes and re.fullmatch("sub-[^/]+/(.+/)?anat", place):
-            subject = place.split("/")[0]
-            stem = name.removesuffix("_" + max(suffixes, key=len))
-            # Only magnitude images, and nothing that was derived from an image
-            if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
-                note_once("derived and non-magnitude images are left out; name them in --contrast "
-                          "to use them, as desc-preproc_T1w", name)
-                continue
-            labels = f"derivatives/labels/{place}/"
-            beside = [path for path in files if path.startswith(labels)]
-            for base, mask_name in itertools.product((name, stem), mask_names):
-                start = f"{labels}{base}_{mask_name}"
-                candidates += [path for path in beside if path.startswith(start)]
-            # This one does not exist; the note below says that it was expected.
-            if beside and not candidates:
-                candidates = [f"{labels}{name}_{mask_names[0]}"]
-        elif place == "imagesTr":
-            candidates = [f"labelsTr/{name}"]
-        elif place != "imagesTs":
-            continue
-        masks = {path: files[path] for path in candidates if path in files}
-        if len(masks) > 1:
-            note_once("where several masks match --mask-name, the first is used", list(masks))
-        if candidates and not masks:
-            note_once("scans count as unlabelled if there is no mask where one was expected; see "
-                      f"--mask-name {' '.join(mask_names)} and --rater {rater}", image)
-        require(name not in scans, f"{image}: another scan has the name {name}; rename one")
-        scans[name] = Scan(site, subject, name, image, masks)
+    for place, files in tree.items():
+        for name, path in files.items():
+            scan = make_scan(tree, place, name, path, contrasts, mask_names, rater)
+            if scan:
+                require(scan.name not in scans,
+                        f"{path}: another scan has the name {scan.name}; rename one")
+                scans[scan.name] = scan
     require(scans, f"{folder}: no scans found; expected site*-sc*-image.nii.gz, "
                    f"sub-*/**/anat/*_CONTRAST.nii.gz with CONTRAST {' or '.join(contrasts)} (see "
                    "--contrast), or imagesTr/*.nii.gz below it")
     return list(scans.values())
 
 
-def individual(scan, config):
+def individual(subject, config):
     """Several scans can be of one person: sub-9709Ses1 and sub-9709Ses2 are sub-9709."""
-    return re.sub(config.visit, "", scan.subject)
+    return re.sub(config.visit, "", subject)
 
 
-def draw_roles(scans, config):
-    """The random split. -> dict: individual -> train, val or test; InputError if too few"""
-    roles = {}
+def assign_roles(scans, config):
+    """What each individual is used for. -> dict: individual -> train, val, test or unlabelled
+
+    Named by --train, --val, --test and --unlabelled; without --train, train, val and test are
+    drawn at random from the others with masks. InputError for names that do not fit, and too few.
+    """
     labelled = [scan for scan in scans if scan.masks]
+    require(labelled, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
+                      "beside SCGM images, in derivatives/labels for the BIDS image's name + _ + "
+                      f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
+    require(config.train or not (config.val or config.test), "--val and --test need --train")
+    roles = {}
+    for role in ("train", "val", "test", "unlabelled"):
+        usable = {individual(scan.subject, config)
+                  for scan in (scans if role == "unlabelled" else labelled)}
+        for subject in getattr(config, role):
+            name = individual(subject, config)
+            require(name in usable, f"--{role} {subject}: there is no such subject" +
+                    (", or none with a mask" if role != "unlabelled" else ""))
+            require(roles.setdefault(name, role) == role,
+                    f"--{role} {subject}: is in --{roles[name]} as well; choose one")
+    if config.train:
+        return roles
     generator = np.random.default_rng(config.split_seed)
     n_train, n_val, n_test = config.split
     # Test subjects are drawn first, so that they do not depend on the number to train with.
     drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
     for site in sorted({scan.site for scan in labelled}):
-        of_site = [scan for scan in labelled if scan.site == site]
-        individuals = {individual(scan, config) for scan in of_site}
-        require(len(individuals) >= len(drawn),
-                f"{len(individuals)} subjects with masks in {site or config.data}, too few for "
-                f"--split {config.split}; lower it")
-        roles |= dict(zip(generator.permutation(sorted(individuals)), drawn))
+        names = {individual(scan.subject, config) for scan in labelled if scan.site == site}
+        names = [name for name in generator.permutation(sorted(names)) if name not in roles]
+        require(len(names) >= len(drawn),
+                f"{len(names)} subjects with masks in {site or config.data}, too few for --split "
+                f"{config.split} to train, validate and test; lower it")
+        roles |= dict(zip(names, drawn))
     return roles
 
 
@@ -592,40 +658,27 @@ def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
     Every individual has one role, so that no other visit of a test subject is ever trained on.
-    Roles are named by --train, --val, --test and --unlabelled, or drawn at random (--split).
-    Unlabelled are: with --unlabelled, the named individuals only; otherwise every scan that is
-    left, also a training subject's without a mask, but none of val and test. After a random split,
-    scans with masks are left out of these if there are any without.
+    Unlabelled set: with --unlabelled, the scans of these individuals only. Otherwise all scans
+    that are left, also those without a mask of training subjects, but none of val and test. If
+    the split is random and some of them have no mask, only these are used.
     """
-    labelled = {individual(scan, config) for scan in scans if scan.masks}
-    everyone = {individual(scan, config) for scan in scans}
-    require(labelled, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
-                      "beside SCGM images, in derivatives/labels for the BIDS image's name + _ + "
-                      f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
-    require(config.train or not (config.val or config.test), "--val and --test need --train")
-    roles = {} if config.train else draw_roles(scans, config)
-    for role in ("train", "val", "test", "unlabelled"):
-        for name in getattr(config, role):
-            person = re.sub(config.visit, "", name)
-            require(person in (everyone if role == "unlabelled" else labelled),
-                    f"--{role} {name}: there is no such subject, or none with a mask")
-            require(roles.setdefault(person, role) == role,
-                    f"--{role} {name}: is in --{roles[person]} as well; choose one")
-    sets = {"train": [], "val": [], "test": []}
-    rest = []
+    roles = assign_roles(scans, config)
+    sets = {"train": [], "val": [], "test": [], "unlabelled": []}
+    left = []
     for scan in scans:
-        role = roles.get(individual(scan, config))
-        if role in sets and scan.masks:
+        role = roles.get(individual(scan.subject, config))
+        if role == "unlabelled" or scan.masks and role:
             sets[role].append(scan)
-        elif role == "unlabelled" or (role in (None, "train") and not config.unlabelled):
-            rest.append(scan)
-    if not config.train and not config.unlabelled:
-        rest = [scan for scan in rest if not scan.masks] or rest
-    return sets | {"unlabelled": rest}
+        elif role in ("train", None):
+            left.append(scan)
+    if not config.unlabelled:
+        without_mask = [scan for scan in left if not scan.masks]
+        sets["unlabelled"] = left if config.train else without_mask or left
+    return sets
 
 
 def load_nifti(path, spacing):
-    """Read a NIfTI file to its end and check it. -> 3-D nibabel image, float32; SHA-256
+    """Read a whole NIfTI file and check it. -> 3-D nibabel image, float32; SHA-256
 
     InputError if it cannot be used, also if its slices would be too large at `spacing` mm.
     """
@@ -677,7 +730,10 @@ def load_nifti(path, spacing):
 
 
 def canonical(image):
-    """Turn a nibabel image to RAS. -> array (X, Y, Z) float32, voxel sizes in mm."""
+    """Turn a nibabel image to RAS: axes to the right, to the front (anterior) and up (superior).
+
+    -> array (X, Y, Z) float32, voxel sizes in mm.
+    """
     image = nib.as_closest_canonical(image)
     return image.get_fdata(dtype=np.float32), nib.affines.voxel_sizes(image.affine)
 
@@ -755,8 +811,8 @@ def to_slices(volume, voxel_mm, config):
 def normalise(slices):
     """Z-score each slice of (N, 1, H, W), since every scanner has its own intensity scale.
 
-    Before the padding: the zeros around a small image must not count in mean and std. A slice
-    without contrast becomes 0. -> float32
+    Call this after the crop and before the padding: the zeros around a small image must not count
+    in mean and std. A slice without contrast becomes 0. -> float32
     """
     # In float32, an offset of 10^4 would cost digits.
     slices = slices.double()
@@ -831,7 +887,8 @@ def load_data(config, device="cpu"):
     print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
     data = {}
     faults = []
-    for name, members in split_scans(scans, config).items():
+    sets = split_scans(scans, config)
+    for name, members in sets.items():
         nothing = torch.zeros(0, 1, config.crop, config.crop)
         images = [nothing]
         masks = [nothing]
@@ -854,8 +911,12 @@ def load_data(config, device="cpu"):
         data[name] = Slices(images, masks, where, checksums)
         print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
+    unused = len(scans) - sum(len(members) for members in sets.values())
+    if unused:
+        print(f"{unused} scans are in no set")
     for name in ("train", "test"):
-        require(data[name].where or name == "test" and not data[name].checksums,
+        # A test set is not needed.
+        require(data[name].where or name == "test" and not sets[name],
                 f"{folder}: no foreground in the {name} set; check --split, --crop and --label")
     if config.method != "supervised" and not data["unlabelled"].where:
         print("warning: no unlabelled slices: the mean teacher trains on the labelled ones alone")
@@ -906,25 +967,26 @@ def evaluate(model, slices, config):
     """Metrics of a network on labelled Slices, in percent. -> dict of lists
 
     The six of segmentation_metrics: one value for each slice that has foreground, as in the paper;
-    where: these slices. scan_dice: one value for each scan, over all its slices, as other tools
-    report it.
+    where: these slices. scan_dice: one value for each scan, over all its slices (inside the crop).
     """
     predictions = predict_probabilities(model, slices.images) > config.threshold
     has_foreground = slices.masks.flatten(1).any(1)
     metrics = segmentation_metrics(predictions[has_foreground], slices.masks[has_foreground])
     metrics = {name: values.tolist() for name, values in metrics.items()}
-    metrics["where"] = list(itertools.compress(slices.where, has_foreground.tolist()))
+    metrics["where"] = [slices.where[k] for k in has_foreground.nonzero().flatten()]
     metrics["scan_dice"] = []
-    for _, of_scan in itertools.groupby(range(len(slices.where)), lambda k: slices.where[k][1]):
+    scan_of_slice = [scan for _, scan, _ in slices.where]
+    for scan in dict.fromkeys(scan_of_slice):
         # All slices of a scan as one
-        k = list(of_scan)
-        p = predictions[k].flatten()[None]
-        y = slices.masks[k].flatten()[None]
+        its_slices = [k for k, name in enumerate(scan_of_slice) if name == scan]
+        p = predictions[its_slices].flatten()[None]
+        y = slices.masks[its_slices].flatten()[None]
         metrics["scan_dice"] += segmentation_metrics(p, y)["dice"].tolist()
     return metrics
 
 
 # --- 9. The training loop ------------------------------------------------------------------------
+# A run is one method, trained with one seed. In memory it is a dict, on disk a checkpoint.
 
 def build_network(config):
     """The one place where the network is built: put your own here, one channel in and one out."""
@@ -1026,7 +1088,7 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
 
     method: supervised or mean_teacher; data: from load_data, on the device; after_epoch: called
     with each epoch's row of the history and with the networks, student (and teacher), by name;
-    slices_left: how many the trainings after this one see, for the time left. Saves
+    slices_left: slices that later trainings will see, to print the minutes left. Saves
     METHOD-seedS.pt and .csv in config.out and continues from them if they exist; on a CPU, an
     interrupted run ends bit for bit like an uninterrupted one. -> dict: history (a dict per
     epoch), metrics[model][metric] (see evaluate), the state_dicts student and teacher. InputError
@@ -1082,7 +1144,7 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
 
 
 def start_run(path, config, method, seed, data, models, optimizer):
-    """A new run, or the one that train() saved, with its networks and optimiser. -> checkpoint"""
+    """A new run, or the saved one; models and optimizer continue from it, in place. -> dict"""
     if not path.exists():
         return {
             "config": vars(config),
@@ -1156,10 +1218,10 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        unknown = sorted(run["config"].keys() ^ vars(DEMO).keys())
-        require(not unknown, f"settings {unknown}")
+        other = sorted(run["config"].keys() ^ vars(DEMO).keys())
+        require(not other, f"its settings differ in {other}")
         parts = {"scans", "method", "seed", "history", "finished", "student", "optimizer"}
-        require(parts <= run.keys(), f"without {sorted(parts - run.keys())}")
+        require(parts <= run.keys(), f"it has no {sorted(parts - run.keys())}")
         return run
     except FileNotFoundError:
         raise
@@ -1175,9 +1237,9 @@ def check_run(path, run, config, data=None):
     require(path.stem == f"{run['method']}-seed{run['seed']}",
             f"{path}: holds {run['method']}, seed {run['seed']}; rename it")
     # Runs, seeds and methods can be added, data can be moved, the device can change.
-    free = ("data", "out", "method", "runs", "seed", "device")
+    may_change = ("data", "out", "method", "runs", "seed", "device")
     changed = [name for name, value in vars(config).items()
-               if name not in free and run["config"][name] != value]
+               if name not in may_change and run["config"][name] != value]
     require(not changed, f"{path}: was trained with another {', '.join(changed)}; {advice}")
     if data:
         changed = sorted(dict(run["scans"].items() ^ scan_checksums(data).items()))
@@ -1201,6 +1263,13 @@ def load_weights(network, run, name, path):
                          "function, or train with another --out") from None
 
 
+def load_network(run, path, name=None):
+    """The network of a checkpoint: the named one, or the teacher, or the only one it has."""
+    network = build_network(Config(**run["config"]))
+    load_weights(network, run, name or ("teacher" if "teacher" in run else "student"), path)
+    return network
+
+
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
 
 METHODS = ("supervised", "mean_teacher")
@@ -1222,17 +1291,18 @@ def experiment(config):
     methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
-    data = {}                                            # seed of a run -> its data
+    loaded = {}                                          # seed of a split -> its data
+    data = {}                                            # seed of a run -> the data of its split
     for seed in seeds:
-        if config.split_seed == -1:
-            data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
-        else:
-            data[seed] = data[config.seed] if data else load_data(config, device)
+        split_seed = seed if config.split_seed == -1 else config.split_seed
+        if split_seed not in loaded:
+            split = dataclasses.replace(config, split_seed=split_seed)
+            loaded[split_seed] = load_data(split, device)
+        data[seed] = loaded[split_seed]
     scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
     for path, run in folder_runs(out).items():
-        # With one split for all, the data of any seed are those of every run.
-        own_split = config.split_seed == -1
-        check_run(path, run, config, data.get(run["seed"] if own_split else config.seed))
+        split_seed = run["seed"] if config.split_seed == -1 else config.split_seed
+        check_run(path, run, config, loaded.get(split_seed))
         scans[f"run {run['seed']}"] = run["scans"]
     record = {"config": vars(config), "scans": scans}
     save(out / "config.json", json.dumps(record, indent=1).encode())
@@ -1274,7 +1344,7 @@ def pick_device(name):
 
 
 def folder_runs(folder):
-    """The runs in a folder, by seed, in memory. -> dict: path -> checkpoint"""
+    """All runs saved in a folder, sorted by seed. -> dict: path -> run"""
     runs = {path: load_checkpoint(path) for path in sorted(folder.glob("*-seed*.pt"))}
     return dict(sorted(runs.items(), key=lambda item: item[1]["seed"]))
 
@@ -1305,12 +1375,13 @@ def report(config, runs, test_slices):
     if rows:
         save_csv(out / "metrics.csv", rows)
         table = make_table(scores)
-        if len(scores) == 3:
-            teacher, supervised = scores["mean teacher (teacher)"], scores["supervised"]
+        teacher = scores.get("mean teacher (teacher)", {})
+        supervised = scores.get("supervised", {})
+        if teacher.keys() & supervised.keys():
             difference, text = paired_difference(teacher, supervised, config.split_seed)
             table += f"\nTeacher minus supervised: {text}\n"
         save(out / "table.md", table.encode())
-    # Whatever the user's matplotlibrc says
+    # The user's matplotlibrc has no influence.
     with matplotlib.style.context("default"):
         save_figure(out / "curves.png", draw_curves(runs))
         if rows:
@@ -1333,18 +1404,23 @@ def mean_scores(runs):
 
 
 def paired_difference(ours, others, split_seed):
-    """Ours minus others (seed -> metric -> value), paired by seed.
+    """Ours minus others (seed -> metric -> value), paired by seed; at least one seed is in both.
 
-    -> (mean, standard error) of the Dice, NaN where there are too few seeds; a text for both Dice
+    -> (mean, standard error) of the Dice, the error NaN for a single pair; a text for both Dice
     """
     seeds = sorted(ours.keys() & others.keys())
     results = []
     texts = []
     for metric, name in (("dice", "Dice"), ("scan_dice", "Dice per scan")):
         pairs = [ours[seed][metric] - others[seed][metric] for seed in seeds]
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
-        results.append((statistics.fmean(pairs) if pairs else math.nan, error))
-        texts.append("{:+.2f} ± {:.2f}".format(*results[-1]).replace(" ± nan", "") + f" {name}")
+        mean = statistics.fmean(pairs)
+        error = math.nan
+        text = f"{mean:+.2f}"
+        if len(pairs) > 1:
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            text += f" ± {error:.2f}"
+        results.append((mean, error))
+        texts.append(f"{text} {name}")
     what = "random splits" if split_seed == -1 else "training seeds of one split"
     note = "one run: no standard error"
     if len(seeds) > 1:
@@ -1354,16 +1430,17 @@ def paired_difference(ours, others, split_seed):
 
 def make_table(scores):
     """Mean (std) over runs as Markdown, like the paper's Table 1. scores: from mean_scores."""
-    rows = [["test, %", *COLUMNS], [":" + "-" * 21] + ["-" * 12 + ":"] * 7]
+    titles = "".join(f" {name:>13} |" for name in COLUMNS)
+    lines = [f"| {'test, %':22} |{titles}\n", "| :--- |" + " ---: |" * len(COLUMNS) + "\n"]
     for label, by_seed in scores.items():
-        rows.append([label])
+        line = f"| {label:22} |"
         for name in COLUMNS:
             values = [means[name] for means in by_seed.values()]
-            std = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
-            rows[-1].append(f"{statistics.fmean(values):.2f}{std}")
-    lines = []
-    for label, *cells in rows:
-        lines.append(f"| {label:22} | " + " | ".join(cell.rjust(13) for cell in cells) + " |\n")
+            cell = f"{statistics.fmean(values):.2f}"
+            if len(values) > 1:
+                cell += f" ({statistics.stdev(values):.2f})"
+            line += f" {cell:>13} |"
+        lines.append(line + "\n")
     runs = max(len(by_seed) for by_seed in scores.values())
     return "".join(lines) + (f"\nRuns: {runs}. The first six: means over the test slices with "
                              "foreground (paper, Table 1). scan_dice: over all slices of a "
@@ -1380,10 +1457,15 @@ def compare(argv):
                     for folder in folders]
     require(ours and others, f"{folders[0]} or {folders[1]} has no finished run with a test")
     for run, other in itertools.product(ours, others):
-        tested = [each["metrics"]["student"]["where"] for each in (run, other)]
+        tested = []
+        for each in (run, other):
+            settings = [each["config"][name] for name in ("label", "spacing", "crop")]
+            files = {name: checksum for name, checksum in each["scans"].items()
+                     if name.startswith("test ")}
+            tested.append([settings, files])
         require(run["seed"] != other["seed"] or tested[0] == tested[1],
                 f"{folders[1]}: run {run['seed']} was tested on other slices than in "
-                f"{folders[0]}; use the same data, --split and --split-seed")
+                f"{folders[0]}; use the same data, --split-seed, --label, --spacing and --crop")
     split_seed = ours[0]["config"]["split_seed"]
     other_scores = mean_scores(others)
     result = {}
@@ -1422,40 +1504,36 @@ def draw_curves(runs):
 
 
 def draw_examples(config, runs, slices):
-    """Outlines of the rater's mask and of each method's first run on test slices. -> Figure"""
+    """Outlines of the rater's mask and of the runs with --seed on test slices. -> Figure"""
     shown = slices.masks.flatten(1).any(1).nonzero().flatten()
     # At most four slices, evenly spaced
-    shown = shown[::math.ceil(len(shown) / 4)].tolist()
-    images = slices.images[shown]
-    truth = slices.masks[shown]
+    shown = shown[::math.ceil(len(shown) / 4)]
+    images = slices.images[shown].cpu()
+    truth = slices.masks[shown].cpu()
     outlines = {"rater": truth}
     for run in runs:
         if run["seed"] == config.seed:
-            network = build_network(config).to(images.device)
             path = Path(config.out, f"{run['method']}-seed{run['seed']}.pt")
-            load_weights(network, run, "teacher" if "teacher" in run else "student", path)
-            probabilities = predict_probabilities(network, images)
+            probabilities = predict_probabilities(load_network(run, path), images)
             outlines[run["method"]] = probabilities > config.threshold
-    size = (3.2 * len(shown), 3.2 * len(outlines))
+    size = (3.2 * len(shown), 3.4 * len(outlines))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(outlines), len(shown), squeeze=False)
     for row, (name, masks) in zip(axes, outlines.items()):
         dice = segmentation_metrics(masks, truth)["dice"].tolist()
         for k, axis in enumerate(row):
             _, scan, z = slices.where[shown[k]]
-            title = f"{scan}, slice {z}" if name == "rater" else f"{name}, Dice {dice[k]:.1f}"
+            title = f"{scan}, slice {z}\n{name}, Dice {dice[k]:.1f}"
             # Names can have a $, which would start a formula, or bytes that are no text.
             title = title.encode(errors="replace").decode()
             axis.set_title(title, fontsize=9, parse_math=False)
             axis.set_axis_off()
-            image = images[k, 0].cpu().numpy()
-            mask = masks[k, 0].cpu().numpy()
             # Grey levels for the structure, not for bright fat around it
-            inside = image[truth[k, 0].cpu().numpy() > 0]
+            inside = images[k][truth[k] > 0]
             low, high = inside.min(), inside.max()
-            axis.imshow(image, cmap="gray", vmin=low - 1, vmax=high + 1)
-            if mask.any():
-                axis.contour(mask, [0.5], colors=COLORS[name])
+            axis.imshow(images[k, 0].numpy(), cmap="gray", vmin=low - 1, vmax=high + 1)
+            if masks[k].any():
+                axis.contour(masks[k, 0].numpy(), [0.5], colors=COLORS[name])
     return figure
 
 
@@ -1528,19 +1606,23 @@ def predict(argv):
     config = Config(**run["config"])
     if given.crop is not None:
         config = dataclasses.replace(config, crop=given.crop)
-        check(config)
-    network = build_network(config)
-    model = given.model or ("teacher" if "teacher" in run else "student")
-    load_weights(network, run, model, given.checkpoint)
+    network = load_network(run, given.checkpoint, given.model)
     network.to(pick_device(given.device))
+    faults = []
     for path, output in zip(given.images, outputs):
-        image, _ = load_nifti(path, config.spacing)
-        values = np.unique(image.get_fdata(dtype=np.float32))
-        is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
-        require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
+        try:
+            image, _ = load_nifti(path, config.spacing)
+            values = np.unique(image.get_fdata(dtype=np.float32))
+            is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
+            require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
+        except InputError as error:
+            # The other scans are segmented first.
+            faults.append(str(error))
+            continue
         foreground = predict_volume(image, network, config, path) > config.threshold
         save_mask(output, foreground, image)
         print(f"{output}: {foreground.sum()} voxels of foreground")
+    require(not faults, "; ".join(faults))
     return outputs
 
 
@@ -1780,26 +1862,7 @@ def parse(argv):
     if not config.out:
         name = Path(config.data).resolve().name if config.data else "phantom"
         config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
-    check(config)
     return config, preset
-
-
-def check(config):
-    """InputError if a value is out of its range, or if values do not fit each other."""
-    for field in dataclasses.fields(Config):
-        values, (least, most) = getattr(config, field.name), field.metadata["range"]
-        for value in values if isinstance(values, tuple) else (values,):
-            # NaN fails too
-            require(isinstance(value, str) or least <= value <= most,
-                    f"--{field.name.replace('_', '-')} {value}: must be {least:g} to {most:g}")
-    require(config.crop % 8 == 0, f"--crop {config.crop}: must be a multiple of 8")
-    require(len(config.split) == 3, f"--split {config.split}: expected three numbers")
-    require(max(len(config.epochs), len(config.weight_decay)) < 3,
-            "--epochs and --weight-decay: expected one number, or two for the two methods")
-    try:
-        re.compile(config.visit)
-    except re.error as error:
-        raise InputError(f"--visit {config.visit}: not a regular expression ({error})") from error
 
 
 def main(argv=None):
