@@ -550,8 +550,9 @@ def find_masks(tree, folder, patterns, image):
     if len(masks) > 1:
         note_once("where several masks match --mask-name, the first is used", list(masks))
     if files and not masks:
+        expected = " or ".join(patterns).replace("\\", "")
         note_once("scans count as unlabelled if no file in the folder of the masks has the name "
-                  "of a mask (--mask-name, --rater)", f"{image}, without {folder}/{patterns[0]}")
+                  "of a mask (--mask-name, --rater)", f"{image}; looked for {expected} in {folder}")
     return masks
 
 

@@ -809,8 +809,8 @@ def test_every_layout_ending_and_orientation_gives_the_same_slices(tmp_path):
 
 
 def test_what_each_layout_says_of_a_scan(tmp_path):
-    touch(tmp_path / "scgm", *[f"any/where/site2-sc03-mask-r{rater}.nii.gz" for rater in "1234"],
-          "any/where/site2-sc03-image.nii.gz", "site1-sc11-image.nii", "site1-sc11-mask-r3.nii",
+    touch(tmp_path / "scgm", *[f"any/where/site2-sc10-mask-r{rater}.nii.gz" for rater in "1234"],
+          "any/where/site2-sc10-image.nii.gz", "site1-sc11-image.nii", "site1-sc11-mask-r3.nii",
           ".hidden/site2-sc04-image.nii", "any/.where/site2-sc05-image.nii")
     others = ["T2starw_seg", "T2starw_gmseg", "T1w", "T2starwz", "xT2starw", "mask",
               "label-GM_T2starw", "desc-smooth_T2starw", "space-T1w_T2starw", "part-phase_T2star",
@@ -830,8 +830,8 @@ def test_what_each_layout_says_of_a_scan(tmp_path):
         str(path.relative_to(tmp_path / layout)) for path in (scan.image, *scan.masks.values())])
         for scan in mt.find_scans(tmp_path / layout, rater="3")} for layout in LAYOUTS}
     assert said == {
-        "scgm": {("site2", "site2-sc03", "site2-sc03", "any/where/site2-sc03-image.nii.gz",
-                  "any/where/site2-sc03-mask-r3.nii.gz"),
+        "scgm": {("site2", "site2-sc10", "site2-sc10", "any/where/site2-sc10-image.nii.gz",
+                  "any/where/site2-sc10-mask-r3.nii.gz"),
                  ("site1", "site1-sc11", "site1-sc11", "site1-sc11-image.nii")},
         "bids": {("", "sub-a", "sub-a_ses-2_T2star", "sub-a/ses-2/anat/sub-a_ses-2_T2star.nii",
                   "derivatives/labels/sub-a/ses-2/anat/sub-a_ses-2_T2star_gmseg.nii.gz"),
@@ -840,7 +840,7 @@ def test_what_each_layout_says_of_a_scan(tmp_path):
                   "sub-c/x_desc-y/anat/sub-c_acq-sag_run-2_part-mag_T2star.nii.gz")},
         "decathlon": {("", "a", "a", "imagesTr/a.nii", "labelsTr/a.nii.gz"),
                       ("", "b", "b", "imagesTs/b.nii.gz")}}
-    assert masks_of(tmp_path / "scgm")["site2-sc03"] == ["site2-sc03-mask-r4"]   # the default
+    assert masks_of(tmp_path / "scgm")["site2-sc10"] == ["site2-sc10-mask-r4"]   # the default
 
 
 GREY = ["T2star_gmseg", "T2star_gmseg-manual", "T2star_label-GM_seg",
