@@ -414,6 +414,12 @@ def test_delayed_targets_are_on_the_students_grid_wherever_it_is_inside(channels
     assert (student - undelayed)[inside].abs().max() > 1e-3
     for k in range(2):
         assert np.array_equal(inside[k, 0], naive_warp(np.ones((32, 32)), phi[k].numpy()) > 0.999)
+    # Probabilities are warped, not logits: between pixels and outside these give other values.
+    logits = 5 * torch.randn(2, 1, 32, 32)
+    targets = mt.delayed_targets(nn.Identity(), logits, phi, 0.0)
+    for k in range(2):
+        expected = naive_warp(torch.sigmoid(logits[k, 0]).numpy(), phi[k].numpy())
+        assert np.abs(targets[k, 0].numpy() - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("function, options, std", [
@@ -1394,6 +1400,15 @@ def test_no_unlabelled_slices_are_a_warning(tmp_path, capsys, method, subjects, 
     assert ("warning: no unlabelled slices" in capsys.readouterr().out) == warned
 
 
+def test_a_crop_undoes_a_padding_and_a_padding_puts_a_crop_back():
+    x = 1 + torch.rand(2, 1, 5, 8)
+    for height, width in itertools.product((2, 3, 5, 6, 8), (5, 6, 8, 9, 11)):
+        back = mt.center_crop(mt.center_crop(x, height, width), 5, 8)
+        kept = back > 0
+        assert torch.equal(back[kept], x[kept])
+        assert kept.sum() == 2 * min(height, 5) * min(width, 8)
+
+
 # --- Metrics -------------------------------------------------------------------------------------
 
 def test_metrics_against_a_loop_over_pixels():
@@ -1440,6 +1455,8 @@ def test_slices_with_foreground_and_whole_scans_are_evaluated_by_hand():
     assert metrics["specificity"] == pytest.approx([0, 100])
     # a: TP 2, FP 3, FN 1
     assert metrics["scan_dice"] == pytest.approx([100 * 4 / 8, 100, 0])
+    lower = mt.evaluate(nn.Identity(), mt.Slices(images, masks, where), setting(threshold=0.4))
+    assert lower["dice"] == pytest.approx([100 * 6 / 7, 100])        # TP 3, FP 1, FN 0
 
 
 # --- The training loop ---------------------------------------------------------------------------
@@ -2090,7 +2107,9 @@ def test_predict_writes_several_masks_into_a_folder(finished, tmp_path, capsys, 
     for options, message in (
             ([*command, new], f"{new / 'a.nii.gz'}: already exists; use --overwrite"),
             ([*command, tmp_path, "--overwrite"], f"{scans[0]}: is the scan itself"),
+            ([*command, os.path.relpath(tmp_path), "--overwrite"], "a.nii.gz: is the scan itself"),
             ([*command, tmp_path / "m.nii"], f"{tmp_path / 'm.nii'}: several scans for one mask"),
+            (["predict", "x/a.nii.gz", *command[1:2], *command[3:], new / "c"], "c: several scans"),
             (["predict", "x.png", *command[3:], new], f"{new / 'x.png'}: must end in .nii or"),
             ([*command, new / "c", "--model", "teacher"], "seed3.pt: has no teacher; expected a"),
             ([*command, new / "c", "--crop", 0], "--crop 0: must be 16 to 2048"),
