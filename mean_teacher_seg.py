@@ -552,7 +552,8 @@ def find_masks(tree, folder, patterns, image):
     if files and not masks:
         expected = " or ".join(patterns).replace("\\", "")
         note_once("scans count as unlabelled if no file in the folder of the masks has the name "
-                  "of a mask (--mask-name, --rater)", f"{image}; looked for {expected} in {folder}")
+                  "of a mask (--mask-name, --rater)",
+                  f"{image}; looked for {expected} in {folder}")
     return masks
 
 
@@ -1861,7 +1862,7 @@ def parse(argv):
         given.setdefault("steps", 0)
     config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
     if not config.out:
-        name = Path(config.data).resolve().name if config.data else "phantom"
+        name = os.path.basename(os.path.abspath(config.data)) if config.data else "phantom"
         config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
     return config, preset
 
