@@ -1974,6 +1974,7 @@ def test_the_curves_are_those_of_the_logs_with_one_legend_entry_a_method(finishe
         colors = {line.get_label(): line.get_color() for line in axis.lines}
         assert axis.get_title().startswith(title) and len({*colors.values()}) == len(methods)
         legend = axis.get_legend()
+        assert len(legend.get_texts()) == len(methods)
         assert colors == {text.get_text(): handle.get_color() for text, handle in zip(
             legend.get_texts(), legend.legend_handles, strict=True)}
 
