@@ -262,9 +262,9 @@ def update_teacher(student, teacher, alpha):
     """
     # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
     # need not be: the teacher runs in train mode on every batch (with Dropout, too) and so keeps
-    # running statistics of its own activations. It would be a bug only with a teacher in eval
-    # mode, whose buffers would stay as they were copied, at mean 0 and variance 1 in a new
-    # network. train_step refuses such a teacher.
+    # running statistics of its own activations. A teacher in eval mode, which train_step refuses,
+    # would keep the buffers that it was copied with, at mean 0 and variance 1 in a new network.
+    # If you need one, copy the student's buffers here as well.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
 
@@ -975,7 +975,7 @@ def evaluate(model, slices, config):
     has_foreground = slices.masks.flatten(1).any(1)
     metrics = segmentation_metrics(predictions[has_foreground], slices.masks[has_foreground])
     metrics = {name: values.tolist() for name, values in metrics.items()}
-    metrics["where"] = [slices.where[k] for k in has_foreground.nonzero().flatten()]
+    metrics["where"] = [slices.where[k] for k in has_foreground.nonzero().flatten().tolist()]
     metrics["scan_dice"] = []
     scan_of_slice = [scan for _, scan, _ in slices.where]
     for scan in dict.fromkeys(scan_of_slice):
