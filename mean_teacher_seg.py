@@ -30,7 +30,6 @@ used where the paper is silent.
     python mean_teacher_seg.py --data DIR --preset demo --spacing 1 --crop 96    on a CPU, the
                                                  central 96 mm x 96 mm of each slice
     python mean_teacher_seg.py predict SCAN.nii.gz --checkpoint RUN.pt --output MASK.nii.gz
-    python mean_teacher_seg.py compare RUNS OTHER_RUNS        paired differences of two folders
     torchrun --nproc-per-node 8 mean_teacher_seg.py --data DIR --runs 10         many GPUs
 
 The gain is small: with 2 labelled subjects, on real MRI, some two points of Dice (README.md).
@@ -362,6 +361,9 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
 # (github.com/neuropoly/domainadaptation). The paper's own training code was never published.
 # here: our choice. Every field is an option of the command line.
 
+METHODS = ("supervised", "no_consistency", "mean_teacher")
+
+
 class InputError(Exception):
     """Bad input. The text names the file, what is wrong, what was expected and what to do."""
 
@@ -382,7 +384,9 @@ class Config:
     # What to run
     data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; none: the phantom")
     out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: str = option("both", "what to train", choices=["supervised", "mean_teacher", "both"])
+    method: tuple = option(METHODS, "what to train: the network on the masks alone; the mean "
+                           "teacher with w = 0; the mean teacher (paper: first and last)",
+                           choices=METHODS)
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
     device: str = option("auto", "cuda, mps, cpu or auto")
@@ -507,7 +511,7 @@ class Slices(NamedTuple):
     images: torch.Tensor                                 # (N, 1, H, W) float32, z-scored per slice
     masks: torch.Tensor                                  # as images, in {0, 1}; unlabelled: none
     where: list                                          # N times (site, scan, slice from below)
-    checksums: dict = {}                                 # scan -> SHA-256 of its files
+    checksums: dict                                      # scan -> SHA-256 of its files
 
 
 def list_nifti(folder):
@@ -525,9 +529,9 @@ def list_nifti(folder):
         files = {}
         for name in sorted(names):
             path = Path(parent, name)
-            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
             # os.walk lists a broken link to a folder as a file; such names have no dot.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
+            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
             if match:
                 require(match[1] not in files, f"{path}: is there as .nii and as .nii.gz")
                 files[match[1]] = path
@@ -545,15 +549,14 @@ def find_masks(tree, folder, patterns, image):
     masks = {}
     for pattern in patterns:
         for name, path in files.items():
-            if re.fullmatch(pattern, name, re.DOTALL):
+            if re.fullmatch(pattern, name):
                 masks[name] = path
     if len(masks) > 1:
         note_once("where several masks match --mask-name, the first is used", list(masks))
     if files and not masks:
-        expected = " or ".join(patterns).replace("\\", "")
         note_once("scans count as unlabelled if no file in the folder of the masks has the name "
                   "of a mask (--mask-name, --rater)",
-                  f"{image}; looked for {expected} in {folder}")
+                  f"{image}; looked for {' or '.join(patterns)} in {folder}")
     return masks
 
 
@@ -572,19 +575,18 @@ def make_scan(tree, place, name, image, contrasts, mask_names, rater):
         return Scan("", name, name, image, masks)
     if place == "imagesTs":
         return Scan("", name, name, image, {})
-    suffixes = [contrast for contrast in contrasts if name.endswith(f"_{contrast}")]
-    if not suffixes or not re.fullmatch("sub-[^/]+/(.+/)?anat", place):
+    # The shortest stem, so that the longest of the contrasts is found
+    bids = re.fullmatch(f"(.*?)_({'|'.join(contrasts)})", name)
+    if not bids or not re.fullmatch("sub-[^/]+/(.+/)?anat", place):
         return None
-    suffix = max(suffixes, key=len)
-    stem = name.removesuffix(f"_{suffix}")
+    stem, suffix = bids.groups()
     # Only magnitude images, and nothing that was derived from an image
     if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
         note_once("derived and non-magnitude images are left out; name them in --contrast to use "
                   "them, as desc-preproc_T1w", name)
         return None
     # The image's name, with or without its suffix, then the mask's name, then anything
-    start = f"{re.escape(stem)}(_{re.escape(suffix)})?_"
-    patterns = [f"{start}{re.escape(mask_name)}.*" for mask_name in mask_names]
+    patterns = [f"{stem}(_{suffix})?_{mask_name}.*" for mask_name in mask_names]
     masks = find_masks(tree, f"derivatives/labels/{place}", patterns, image)
     return Scan("", place.split("/")[0], name, image, masks)
 
@@ -632,12 +634,12 @@ def assign_roles(scans, config):
     require(config.train or not (config.val or config.test), "--val and --test need --train")
     roles = {}
     for role in ("train", "val", "test", "unlabelled"):
-        usable = {individual(scan.subject, config)
-                  for scan in (scans if role == "unlabelled" else labelled)}
+        usable = scans if role == "unlabelled" else labelled
+        names = {individual(scan.subject, config) for scan in usable}
         for subject in getattr(config, role):
             name = individual(subject, config)
-            require(name in usable, f"--{role} {subject}: there is no such subject" +
-                    (", or none with a mask" if role != "unlabelled" else ""))
+            require(name in names, f"--{role} {subject}: there is no such subject, or none with "
+                                   "a mask")
             require(roles.setdefault(name, role) == role,
                     f"--{role} {subject}: is in --{roles[name]} as well; choose one")
     if config.train:
@@ -695,49 +697,33 @@ def load_nifti(path, spacing):
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         # (X, Y, Z, 1) is three-dimensional.
         image = nib.squeeze_image(image)
-        header = image.header
-        shape = image.shape
         dtype = image.get_data_dtype()
-        unit = header.get_xyzt_units()[0]
-        require(dtype.kind in "biuf", f"{dtype} voxels, expected one real number each; convert it "
-                                      "(complex: take the magnitude)")
-        require(len(shape) == 3 and min(shape) > 0,
-                f"{' x '.join(map(str, shape))} voxels, expected three dimensions; save one "
-                "volume of it")
-        require(unit in ("mm", "unknown"), f"voxel sizes in {unit}, expected mm; convert it")
-        sizes = nib.affines.voxel_sizes(image.affine)
-        zooms = np.array(header.get_zooms())
-        require(min(sizes) > 0.01 and max(sizes) < 100 and np.allclose(sizes, zooms, rtol=0.02),
-                f"implausible voxel sizes, {sizes.round(3)} mm by its affine and {zooms.round(3)} "
-                "mm by pixdim; correct its header")
-        axes = nib.io_orientation(image.affine)[:, 0]
-        require(np.isfinite(axes).all(), "singular affine; correct its header")
-        side = (shape * sizes)[axes < 2].max() / spacing
-        require(side <= 8192, f"{side:.0f} px along a side at --spacing {spacing} mm, expected "
-                              "8192 at most; check --spacing and the voxel sizes")
-        # Before nibabel reserves the memory that a damaged header asks for
-        require(len(content) >= np.prod(shape, dtype=float) * dtype.itemsize,
-                f"cannot be read as NIfTI: {len(content)} bytes, fewer than {shape} voxels need; "
-                "download or convert it again")
+        require(dtype.kind in "biuf", f"{path}: {dtype} voxels, expected one real number each; "
+                                      "convert it (complex: take the magnitude)")
         volume = image.get_fdata(dtype=np.float32)
-        require(np.isfinite(volume).all(), "NaN or infinite voxels; replace them")
-        checksum = hashlib.sha256(content).hexdigest()
-        return nib.Nifti1Image(volume, image.affine, header), checksum
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    except InputError:
+        raise
     except Exception as error:
         # nibabel's readers raise a dozen types.
         raise InputError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}); "
-                         "download or convert it again") from error
-
-
-def canonical(image):
-    """Turn a nibabel image to RAS: axes to the right, to the front (anterior) and up (superior).
-
-    -> array (X, Y, Z) float32, voxel sizes in mm.
-    """
-    image = nib.as_closest_canonical(image)
-    return image.get_fdata(dtype=np.float32), nib.affines.voxel_sizes(image.affine)
+                         "mend or convert it") from error
+    require(len(image.shape) == 3 and volume.size, f"{path}: {image.shape} voxels, expected three "
+                                                   "dimensions; save one volume of it")
+    require(np.isfinite(volume).all(), f"{path}: NaN or infinite voxels; replace them")
+    unit = image.header.get_xyzt_units()[0]
+    require(unit in ("mm", "unknown"), f"{path}: voxel sizes in {unit}, expected mm; convert it")
+    sizes = nib.affines.voxel_sizes(image.affine)
+    zooms = np.array(image.header.get_zooms())
+    axes = nib.io_orientation(image.affine)[:, 0]
+    require(min(sizes) > 0.01 and max(sizes) < 100 and np.allclose(sizes, zooms, rtol=0.02) and
+            np.isfinite(axes).all(),
+            f"{path}: implausible voxel sizes, {sizes.round(3)} mm by its affine and "
+            f"{zooms.round(3)} mm by pixdim, or a singular affine; correct its header")
+    side = (volume.shape * sizes)[axes < 2].max() / spacing
+    require(side <= 8192, f"{path}: {side:.0f} px along a side at --spacing {spacing} mm, more "
+                          "than 8192; check --spacing and the voxel sizes")
+    checksum = hashlib.sha256(content).hexdigest()
+    return nib.Nifti1Image(volume, image.affine, image.header), checksum
 
 
 def read_mask(path, config, image):
@@ -752,14 +738,15 @@ def read_mask(path, config, image):
     # near 45 degrees, where a rounding error decides which axis is closest.
     to_image = np.linalg.inv(image.affine)
     mask = stored.as_reoriented(nib.io_orientation(to_image @ stored.affine))
+    require(image.shape in (stored.shape, mask.shape),
+            f"{path}: is not on the grid of its image: {stored.shape} voxels, expected "
+            f"{image.shape}; resample it")
     # The corners in voxels, and where the mask's lie
     corners = np.indices((2, 2, 2)).reshape(3, 8).T * image.shape - 0.5
     moved = nib.affines.apply_affine(to_image @ mask.affine, corners)
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
-            f"{path}: is not on the grid of its image: " +
-            ("the affines in their headers differ; if the voxels fit, copy the image's header"
-             if image.shape in (stored.shape, mask.shape) else
-             f"{stored.shape} voxels, expected {image.shape}; resample it"))
+            f"{path}: is not on the grid of its image: the affines in their headers differ; if "
+            "the voxels fit, copy the image's header")
     values = mask.get_fdata(dtype=np.float32)
     # Re-saved files can have rounding errors.
     rounded = np.rint(values)
@@ -771,6 +758,22 @@ def read_mask(path, config, image):
         print(f"warning: {path}: no voxel of --label {config.label}, its values are "
               f"{np.unique(rounded)[:8].astype(int)}")
     return nib.Nifti1Image(foreground.astype(np.float32), image.affine), checksum
+
+
+def canonical(image, spacing):
+    """Turn a nibabel image to RAS: axes to the right, to the front (anterior) and up (superior).
+
+    -> array (X, Y, Z) float32; (height, width) in px of its axial slices, resampled to `spacing`
+    mm: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
+    """
+    image = nib.as_closest_canonical(image)
+    volume = image.get_fdata(dtype=np.float32)
+    voxel_mm = nib.affines.voxel_sizes(image.affine)
+    if max(voxel_mm[:2]) > 1.5 * voxel_mm[2]:
+        note_once("scans that are thickest along x or y are cut into axial slices, too",
+                  f"voxels of {voxel_mm.round(2)} mm")
+    width, height = np.rint(volume.shape[:2] * voxel_mm[:2] / spacing).astype(int).clip(1)
+    return volume, (height, width)
 
 
 def center_crop(slices, height, width):
@@ -787,20 +790,14 @@ def center_crop(slices, height, width):
     return F.pad(slices, (-left, left - wider, -top, top - taller))
 
 
-def resampled_size(volume, voxel_mm, spacing):
-    """Height and width in px of an axial slice of (X, Y, Z), resampled to `spacing` mm."""
-    width, height = np.rint(volume.shape[:2] * voxel_mm[:2] / spacing).astype(int).clip(1)
-    return height, width
-
-
-def to_slices(volume, voxel_mm, config):
-    """Axial slices of a volume (X, Y, Z), resampled, then cropped. -> (Z, 1, H, W) float32.
+def to_slices(image, config):
+    """Axial slices of a nibabel image, resampled, then cropped. -> (Z, 1, H, W) float32.
 
     H, W: the crop, or the image where that is smaller. Linear interpolation, antialiased when
     shrinking. Slices are processed one by one, because whole resampled volumes can be larger than
-    the memory. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
+    the memory.
     """
-    height, width = resampled_size(volume, voxel_mm, config.spacing)
+    volume, (height, width) = canonical(image, config.spacing)
     slices = []
     for z in range(volume.shape[2]):
         plane = torch.from_numpy(volume[:, ::-1, z].T.copy())
@@ -827,52 +824,52 @@ def normalise(slices):
 
 def read_images(image, config):
     """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
-    volume, voxel_mm = canonical(image)
-    if max(voxel_mm[:2]) > 1.5 * voxel_mm[2]:
-        note_once("scans that are thickest along x or y are cut into axial slices, too",
-                  f"voxels of {voxel_mm.round(2)} mm")
-    slices = normalise(to_slices(volume, voxel_mm, config))
+    slices = normalise(to_slices(image, config))
     # This pads slices that are smaller than the crop.
     return center_crop(slices, config.crop, config.crop)
 
 
-def read_scan(scan, config, labelled, keep_negative):
-    """The slices of one scan -> Slices. The masks of an unlabelled scan are not even opened.
+def read_scan(scan, config, role):
+    """The slices of one scan, for the set `role` -> Slices. See load_data.
 
-    Slices without contrast are dropped and, in a labelled scan, those without foreground (the
-    paper's counts of slices fit that), unless keep_negative.
+    Slices without contrast are dropped and, from a training scan, those without foreground (the
+    paper's counts of slices fit that), unless --negative-slices keep. The masks of an unlabelled
+    scan are not even opened.
     """
     image, checksum = load_nifti(scan.image, config.spacing)
     images = read_images(image, config)
     keep = images.flatten(1).any(1)
     masks = images[:0]
-    if labelled:
+    if role != "unlabelled":
         path = next(iter(scan.masks.values()))
         mask, mask_checksum = read_mask(path, config, image)
         checksum += mask_checksum
-        volume, voxel_mm = canonical(mask)
-        warn_if_cropped(path, volume, voxel_mm, config)
-        masks = (to_slices(volume, voxel_mm, config) >= 0.5).float()
+        warn_if_cropped(path, mask, config)
+        masks = (to_slices(mask, config) >= 0.5).float()
         masks = center_crop(masks, config.crop, config.crop)
         positive = keep & masks.flatten(1).any(1)
+        keep_negative = role != "train" or config.negative_slices == "keep"
         # A scan without any positive slice is left out whole.
         if not keep_negative or not positive.any():
             keep = positive
         masks = masks[keep]
     if not keep.any():
-        print(f"warning: {scan.image}: not used: inside the crop, no slice has contrast" +
-              (" and foreground" if labelled else ""))
+        print(f"warning: {scan.image}: not used: no slice with contrast (and, in labelled scans, "
+              "foreground) inside the crop")
     where = [(scan.site, scan.name, int(z)) for z in keep.nonzero()]
     return Slices(images[keep], masks, where, {scan.name: checksum})
 
 
-def warn_if_cropped(path, mask, voxel_mm, config):
-    """Print a warning if more than 1 % of a mask (X, Y, Z) is outside the centre crop."""
-    positions = np.argwhere(mask)[:, :2]         # (N, 2), X, Y
-    millimetres = np.abs(positions - (np.array(mask.shape[:2]) - 1) / 2) * voxel_mm[:2]
-    outside = (millimetres > config.crop * config.spacing / 2).any(1)
-    if outside.any() and outside.mean() > 0.01:
-        print(f"warning: {path}: {outside.mean():.0%} of the foreground is outside the centre "
+def warn_if_cropped(path, mask, config):
+    """Print a warning if more than 1 % of a mask's foreground is outside the centre crop."""
+    volume, size = canonical(mask, config.spacing)
+    # The crop in voxels
+    height, width = np.rint(np.multiply(volume.shape[1::-1], config.crop) / size).astype(int)
+    inside = center_crop(torch.from_numpy(volume.T.copy())[:, None], height, width)
+    total = volume.sum()
+    outside = total - inside.sum().item()
+    if outside > 0.01 * total:
+        print(f"warning: {path}: {outside / total:.0%} of the foreground is outside the centre "
               f"crop of {config.crop} px of {config.spacing} mm, and left out of all metrics; "
               "raise --crop")
 
@@ -889,17 +886,15 @@ def load_data(config, device="cpu"):
     print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
     data = {}
     faults = []
-    sets = split_scans(scans, config)
-    for name, members in sets.items():
+    for role, members in split_scans(scans, config).items():
         nothing = torch.zeros(0, 1, config.crop, config.crop)
         images = [nothing]
         masks = [nothing]
         where = []
         checksums = {}
-        keep_negative = name != "train" or config.negative_slices == "keep"
         for scan in members:
             try:
-                slices = read_scan(scan, config, name != "unlabelled", keep_negative)
+                slices = read_scan(scan, config, role)
             except InputError as error:
                 # All faults are reported at once.
                 faults.append(str(error))
@@ -910,17 +905,12 @@ def load_data(config, device="cpu"):
             checksums |= slices.checksums
         images = torch.cat(images).to(device)
         masks = torch.cat(masks).to(device)
-        data[name] = Slices(images, masks, where, checksums)
-        print(f"{name:>10}: {len(where):4d} slices of {len(members):2d} scans")
+        data[role] = Slices(images, masks, where, checksums)
+        print(f"{role:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
-    unused = len(scans) - sum(len(members) for members in sets.values())
-    if unused:
-        print(f"{unused} scans are in no set")
-    for name in ("train", "test"):
-        # A test set is not needed.
-        require(data[name].where or name == "test" and not sets[name],
-                f"{folder}: no foreground in the {name} set; check --split, --crop and --label")
-    if config.method != "supervised" and not data["unlabelled"].where:
+    require(data["train"].where, f"{folder}: no slices to train with; check --split, --crop and "
+                                 "--label")
+    if config.method != ("supervised",) and not data["unlabelled"].where:
         print("warning: no unlabelled slices: the mean teacher trains on the labelled ones alone")
     return data
 
@@ -954,41 +944,40 @@ def segmentation_metrics(predictions, masks):
 @torch.no_grad()
 def predict_probabilities(model, images, batch=32):
     """Probability of foreground, in eval mode. (N, 1, H, W) z-scored -> the same shape."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    probabilities = []
-    for part in images.split(batch):
-        probabilities.append(torch.sigmoid(model(part).float()))
-    # model.train() would also switch frozen layers.
-    for module, mode in modes.items():
-        module.training = mode
+    # A copy, so that every layer of the model keeps its mode
+    model = copy.deepcopy(model).eval()
+    probabilities = [torch.sigmoid(model(part).float()) for part in images.split(batch)]
     return torch.cat(probabilities)
 
 
 def evaluate(model, slices, config):
-    """Metrics of a network on labelled Slices, in percent. -> dict of lists
+    """Metrics of a network on labelled Slices, in percent. -> list of dicts, one for each slice
 
-    The six of segmentation_metrics: one value for each slice that has foreground, as in the paper;
-    where: these slices. scan_dice: one value for each scan, over all its slices (inside the crop).
+    Only for slices that have foreground, as in the paper: site, subject (the scan's name), slice,
+    the six of segmentation_metrics; scan_dice: the Dice of all slices of the scan taken together,
+    also those without foreground (inside the crop).
     """
     predictions = predict_probabilities(model, slices.images) > config.threshold
-    has_foreground = slices.masks.flatten(1).any(1)
-    metrics = segmentation_metrics(predictions[has_foreground], slices.masks[has_foreground])
-    metrics = {name: values.tolist() for name, values in metrics.items()}
-    metrics["where"] = [slices.where[k] for k in has_foreground.nonzero().flatten().tolist()]
-    metrics["scan_dice"] = []
-    scan_of_slice = [scan for _, scan, _ in slices.where]
-    for scan in dict.fromkeys(scan_of_slice):
-        # All slices of a scan as one
-        its_slices = [k for k, name in enumerate(scan_of_slice) if name == scan]
-        p = predictions[its_slices].flatten()[None]
-        y = slices.masks[its_slices].flatten()[None]
-        metrics["scan_dice"] += segmentation_metrics(p, y)["dice"].tolist()
-    return metrics
+    metrics = segmentation_metrics(predictions, slices.masks)
+    scans = np.array([scan for _, scan, _ in slices.where])
+    rows = []
+    for k, (site, scan, z) in enumerate(slices.where):
+        if slices.masks[k].any():
+            row = {"site": site, "subject": scan, "slice": z}
+            for name in METRICS:
+                row[name] = metrics[name][k].item()
+            its_slices = torch.from_numpy(scans == scan)
+            whole = segmentation_metrics(predictions[its_slices].flatten()[None],
+                                         slices.masks[its_slices].flatten()[None])
+            row["scan_dice"] = whole["dice"].item()
+            rows.append(row)
+    return rows
 
 
 # --- 9. The training loop ------------------------------------------------------------------------
 # A run is one method, trained with one seed. In memory it is a dict, on disk a checkpoint.
+# Methods: "supervised" has no teacher. "mean_teacher" is the paper's. "no_consistency" is the same
+# with w = 0: what remains of the gain without the consistency loss.
 
 def build_network(config):
     """The one place where the network is built: put your own here, one channel in and one out."""
@@ -1001,14 +990,13 @@ def build(config, method, device):
     # On MPS, BatchNorm computes wrong values from it (PyTorch issues 175189 and 188371).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     student = build_network(config).to(device, memory_format=layout)
-    teacher = make_teacher(student) if method == "mean_teacher" else None
+    teacher = None if method == "supervised" else make_teacher(student)
     # The paper's L2 penalty is Adam's own weight_decay. AdamW's is a different method.
-    decay = config.weight_decay[-1 if teacher else 0]
     optimizer = torch.optim.Adam(
         student.parameters(),
         lr=config.lr,
         betas=(0.9, 0.999),
-        weight_decay=decay,
+        weight_decay=config.weight_decay[-1 if teacher else 0],
         fused=True)
     return student, teacher, optimizer
 
@@ -1067,61 +1055,46 @@ def batches(data, steps, n_labelled, n_unlabelled):
         yield labelled.images[x], labelled.masks[x], unlabelled.images[u]
 
 
-class Plan(NamedTuple):
-    epochs: int
-    steps: int                                           # in all epochs together
-    n_labelled: int                                      # slices in a mini-batch
-    n_unlabelled: int
-
-
-def plan_run(config, method, data):
-    """How long a training is, and how many slices it sees in a step. -> Plan"""
-    semi = method == "mean_teacher"
-    n_slices = len(data["train"].images)
-    n_labelled = min(config.batch, n_slices)
-    n_unlabelled = config.unlabelled_batch if semi and data["unlabelled"].where else 0
-    epochs = config.epochs[-1 if semi else 0]
-    steps = config.steps or epochs * (n_slices // n_labelled)
-    return Plan(min(epochs, steps), steps, n_labelled, n_unlabelled)
-
-
-def train(config, method, seed, data, after_epoch=None, slices_left=0):
+def train(config, method, seed, data, after_epoch=None):
     """Train one network (and its teacher), and evaluate the last epoch on the test set.
 
-    method: supervised or mean_teacher; data: from load_data, on the device; after_epoch: called
-    with each epoch's row of the history and with the networks, student (and teacher), by name;
-    slices_left: slices that later trainings will see, to print the minutes left. Saves
-    METHOD-seedS.pt and .csv in config.out and continues from them if they exist; on a CPU, an
-    interrupted run ends bit for bit like an uninterrupted one. -> dict: history (a dict per
-    epoch), metrics[model][metric] (see evaluate), the state_dicts student and teacher. InputError
-    if the files are of another run.
+    method: one of METHODS; data: from load_data, on the device; after_epoch: called with each
+    epoch's row of the history and with the networks, student (and teacher), by name. Continues
+    from METHOD-seedS.pt in config.out if it exists; on a CPU, an interrupted run ends bit for bit
+    like an uninterrupted one. -> dict: history (a dict per epoch), test (model -> rows of
+    evaluate), the state_dicts student and teacher. InputError if the files are of another run.
     """
     torch.manual_seed(1_000_000 * seed)                  # decides the initial weights
     device = data["train"].images.device
     student, teacher, optimizer = build(config, method, device)
     models = {"student": student, "teacher": teacher} if teacher else {"student": student}
-    epochs, steps, n_labelled, n_unlabelled = plan_run(config, method, data)
     path = Path(config.out, f"{method}-seed{seed}.pt")
     run = start_run(path, config, method, seed, data, models, optimizer)
     if run["finished"]:
         print(f"{method}, seed {seed}: finished, see {path}")
         return run
-    print(f"\n{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
+    n_slices = len(data["train"].images)
+    n_labelled = min(config.batch, n_slices)
+    n_unlabelled = config.unlabelled_batch if teacher and data["unlabelled"].where else 0
+    epochs = config.epochs[-1 if teacher else 0]
+    # Without --steps, an epoch is one pass over the labelled slices.
+    steps = config.steps or epochs * (n_slices // n_labelled)
+    epochs = min(epochs, steps)
+    print(f"{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
           f"{n_unlabelled} unlabelled slices per step, on {device.type}\n{PROGRESS}")
     options = step_options(config, device)
+    final_weight = config.consistency_weight if method == "mean_teacher" else 0
     history = run["history"]
     start = time.perf_counter()
     first_step = steps * len(history) // epochs
-
     for epoch in range(len(history) + 1, epochs + 1):
         # Batches, phi, noise and Dropout. Reseeding at every epoch means that a checkpoint needs
         # no RNG state.
         torch.manual_seed(1_000_000 * seed + epoch)
         lr = config.lr * learning_rate_factor(epoch, epochs, config.lr_ramp)
         optimizer.param_groups[0]["lr"] = lr
-        w = config.consistency_weight * ramp_up(epoch, config.consistency_ramp) if teacher else 0
+        w = final_weight * ramp_up(epoch, config.consistency_ramp)
         alpha = config.alpha if epoch <= config.alpha_epochs else config.alpha_late
-        # This epoch's share of the steps; without --steps, one pass over the labelled slices
         step = steps * (epoch - 1) // epochs
         last_step = steps * epoch // epochs
         losses = []
@@ -1138,8 +1111,7 @@ def train(config, method, seed, data, after_epoch=None, slices_left=0):
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             save_epoch(run, path, config, models, optimizer, data, epoch == epochs)
             seconds_per_step = (time.perf_counter() - start) / (step - first_step)
-            steps_left = steps - step + slices_left / (n_labelled + n_unlabelled)
-            print_progress(history[-1], seconds_per_step * steps_left)
+            print_progress(history[-1], seconds_per_step * (steps - step))
         if after_epoch:
             after_epoch(history[-1], models)
     return run
@@ -1165,14 +1137,14 @@ def start_run(path, config, method, seed, data, models, optimizer):
 
 def save_epoch(run, path, config, models, optimizer, data, finished):
     """Validate (after the last epoch, test as well), and write the checkpoint and the log."""
+    run["test"] = {}
     for name, model in models.items():
-        if data["val"].where:
-            dice = evaluate(model, data["val"], config)["dice"]
-            run["history"][-1][f"val_{name}"] = float(np.mean(dice))
         run[name] = model.state_dict()
-    if finished and data["test"].where:
-        run["metrics"] = {name: evaluate(model, data["test"], config)
-                          for name, model in models.items()}
+        if data["val"].where:
+            dice = [row["dice"] for row in evaluate(model, data["val"], config)]
+            run["history"][-1][f"val_{name}"] = statistics.fmean(dice)
+        if finished and data["test"].where:
+            run["test"][name] = evaluate(model, data["test"], config)
     run.update(finished=finished, optimizer=optimizer.state_dict())
     save_csv(path.with_suffix(".csv"), run["history"])
     content = io.BytesIO()
@@ -1220,13 +1192,9 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        other = sorted(run["config"].keys() ^ vars(DEMO).keys())
-        require(not other, f"its settings differ in {other}")
-        parts = {"scans", "method", "seed", "history", "finished", "student", "optimizer"}
-        require(parts <= run.keys(), f"it has no {sorted(parts - run.keys())}")
+        Config(**run["config"])
+        require("test" in run, "it has no test results")
         return run
-    except FileNotFoundError:
-        raise
     except Exception as error:
         # Unpickling can raise almost anything.
         raise InputError(f"{path}: not a checkpoint of this version ({type(error).__name__}: "
@@ -1234,24 +1202,20 @@ def load_checkpoint(path):
 
 
 def check_run(path, run, config, data=None):
-    """InputError if a checkpoint has another name, other settings, or (with data) other scans."""
-    advice = f"give another --out, or delete {path.parent} to start again"
-    require(path.stem == f"{run['method']}-seed{run['seed']}",
-            f"{path}: holds {run['method']}, seed {run['seed']}; rename it")
-    # Runs, seeds and methods can be added, data can be moved, the device can change.
-    may_change = ("data", "out", "method", "runs", "seed", "device")
-    changed = [name for name, value in vars(config).items()
-               if name not in may_change and run["config"][name] != value]
-    require(not changed, f"{path}: was trained with another {', '.join(changed)}; {advice}")
+    """InputError if a checkpoint is of other settings or (with data) of other scans."""
+    changed = dict(run["config"].items() ^ vars(config).items())
     if data:
-        changed = sorted(dict(run["scans"].items() ^ scan_checksums(data).items()))
-        require(not changed, f"{path}: was trained with other scans, or other files of them, for "
-                             f"example {changed[:1]}; {advice}")
+        changed |= dict(run["scans"].items() ^ scan_checksums(data).items())
+    # Runs, seeds and methods can be added, data can be moved, the device can change.
+    for name in ("data", "out", "method", "runs", "seed", "device"):
+        changed.pop(name, None)
+    require(not changed, f"{path}: was trained with another {', '.join(sorted(changed))}; give "
+                         f"another --out, or delete {path.parent} to start again")
 
 
 def scan_checksums(data):
     """-> dict: set and scan -> SHA-256 of its files. data: from load_data."""
-    return {f"{name} {scan}": checksum for name, slices in data.items()
+    return {f"{role} {scan}": checksum for role, slices in data.items()
             for scan, checksum in slices.checksums.items()}
 
 
@@ -1274,54 +1238,49 @@ def load_network(run, path, name=None):
 
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
 
-METHODS = ("supervised", "mean_teacher")
-LABELS = {("supervised", "student"): "supervised",
-          ("mean_teacher", "student"): "mean teacher (student)",
-          ("mean_teacher", "teacher"): "mean teacher (teacher)"}
+# What the gain is made of: differences between rows of the table. The last three add up to it.
+DIFFERENCES = {
+    "gain": ("mean_teacher, teacher", "supervised, student"),
+    "= BatchNorm": ("no_consistency, student", "supervised, student"),
+    "+ averaged weights": ("no_consistency, teacher", "no_consistency, student"),
+    "+ consistency loss": ("mean_teacher, teacher", "no_consistency, teacher")}
 # The Okabe-Ito palette, which is safe for colour-blind readers
-COLORS = {"rater": "#009e73", "supervised": "#d55e00", "mean_teacher": "#0072b2"}
+COLORS = {"rater": "#009e73", "supervised": "#d55e00", "no_consistency": "#cc79a7",
+          "mean_teacher": "#0072b2"}
 
 
 def experiment(config):
-    """Train every method with every seed, evaluate, report. -> dict: scores, difference, table.
+    """Train every method with every seed, evaluate, report. -> dict: scores, differences, table.
 
     See report(). Under torchrun the processes share the seeds; the one that ends last reports, the
     others return None. InputError if config.out holds runs of other settings or scans.
     """
     device = pick_device(config.device)
     out = Path(config.out)
-    methods = METHODS if config.method == "both" else (config.method,)
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
-    loaded = {}                                          # seed of a split -> its data
-    data = {}                                            # seed of a run -> the data of its split
+    data = {}                                            # seed of a run -> its data
     for seed in seeds:
-        split_seed = seed if config.split_seed == -1 else config.split_seed
-        if split_seed not in loaded:
-            split = dataclasses.replace(config, split_seed=split_seed)
-            loaded[split_seed] = load_data(split, device)
-        data[seed] = loaded[split_seed]
-    scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
+        if config.split_seed == -1:
+            data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
+        else:
+            data[seed] = data[config.seed] if data else load_data(config, device)
     for path, run in folder_runs(out).items():
-        split_seed = run["seed"] if config.split_seed == -1 else config.split_seed
-        check_run(path, run, config, loaded.get(split_seed))
-        scans[f"run {run['seed']}"] = run["scans"]
+        check_run(path, run, config, data.get(run["seed"]))
+    scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
     record = {"config": vars(config), "scans": scans}
     save(out / "config.json", json.dumps(record, indent=1).encode())
     # GPUs train separate runs in parallel: a batch of 16 small slices does not fill even one.
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    mine = list(itertools.product(seeds[rank::world], methods))
-    sizes = []                                           # slices that each training sees
-    for seed, method in mine:
-        plan = plan_run(config, method, data[seed])
-        sizes.append(plan.steps * (plan.n_labelled + plan.n_unlabelled))
-    for i, (seed, method) in enumerate(mine):
-        train(config, method, seed, data[seed], slices_left=sum(sizes[i + 1:]))
+    trainings = list(itertools.product(seeds[rank::world], config.method))
+    for number, (seed, method) in enumerate(trainings, start=1):
+        print(f"\ntraining {number} of {len(trainings)}")
+        train(config, method, seed, data[seed])
 
     runs = [run for run in folder_runs(out).values() if run["finished"]]
     finished = {(run["seed"], run["method"]) for run in runs}
-    if not finished >= set(itertools.product(seeds, methods)):
+    if not finished >= set(itertools.product(seeds, config.method)):
         print("other processes have not finished yet; the last one reports")
         return None
     return report(config, runs, data[config.seed]["test"])
@@ -1337,147 +1296,100 @@ def pick_device(name):
             # If there are more processes than GPUs, some share one.
             rank = int(os.environ.get("LOCAL_RANK", 0))
             torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
-        one = torch.ones(1, device=name)
-        # This fails on devices that do not compute.
-        one.item()
-        return one.device
+        # This fails on devices that are not there, or do not compute.
+        torch.ones(1, device=name).item()
+        return torch.device(name)
     except Exception as error:
         raise InputError(f"--device {name}: not available ({error}); try cpu") from error
 
 
 def folder_runs(folder):
-    """All runs saved in a folder, sorted by seed. -> dict: path -> run"""
-    runs = {path: load_checkpoint(path) for path in sorted(folder.glob("*-seed*.pt"))}
-    return dict(sorted(runs.items(), key=lambda item: item[1]["seed"]))
+    """All runs saved in a folder, the supervised ones first. -> dict: path -> run"""
+    return {path: load_checkpoint(path)
+            for path in sorted(folder.glob("*-seed*.pt"), reverse=True)}
 
 
 def report(config, runs, test_slices):
     """Write table, per-slice metrics and pictures of finished runs. -> dict
 
-    scores[row][seed][metric]: mean over test slices (scan_dice: over scans), percent; difference:
-    the teacher's Dice minus the supervised network's, mean and standard error over runs, or None;
-    table: text. test_slices: those of the first run of the command, for the examples.
+    scores: see mean_scores; differences: see paired_differences; table: text. test_slices: those
+    of the first run of the command, for the examples.
     """
     out = Path(config.out)
     scores = mean_scores(runs)
-    rows = []
+    differences = paired_differences(scores)
     table = "no test subjects"
-    difference = None
+    rows = []
     for run in runs:
-        for model, metrics in run.get("metrics", {}).items():
-            for k, (site, scan, z) in enumerate(metrics["where"]):
-                row = {
-                    "method": run["method"],
-                    "seed": run["seed"],
-                    "model": model,
-                    "site": site,
-                    "subject": scan,
-                    "slice": z}
-                rows.append(row | {name: metrics[name][k] for name in METRICS})
-    if rows:
-        save_csv(out / "metrics.csv", rows)
-        table = make_table(scores)
-        teacher = scores.get("mean teacher (teacher)", {})
-        supervised = scores.get("supervised", {})
-        if teacher.keys() & supervised.keys():
-            difference, text = paired_difference(teacher, supervised, config.split_seed)
-            table += f"\nTeacher minus supervised: {text}\n"
-        save(out / "table.md", table.encode())
+        for model, of_slices in run["test"].items():
+            name = {"method": run["method"], "seed": run["seed"], "model": model}
+            rows += [name | row for row in of_slices]
     # The user's matplotlibrc has no influence.
     with matplotlib.style.context("default"):
         save_figure(out / "curves.png", draw_curves(runs))
         if rows:
             save_figure(out / "examples.png", draw_examples(config, runs, test_slices))
-    results = "Table, per-slice metrics, checkpoints and pictures" if rows else "Checkpoints"
-    print(f"\n{table}\n{results} are in {out}")
-    return {"scores": scores, "difference": difference, "table": table}
+            save_csv(out / "metrics.csv", rows)
+            table = make_table(scores, differences, config.split_seed)
+            save(out / "table.md", table.encode())
+    print(f"\n{table}\nAll results are in {out}")
+    return {"scores": scores, "differences": differences, "table": table}
 
 
 def mean_scores(runs):
-    """-> dict: row of LABELS -> seed -> metric -> mean over test slices (scan_dice: scans)"""
+    """-> dict: "METHOD, MODEL" -> seed -> metric -> mean over test slices (scan_dice: scans), %"""
     scores = {}
-    for (method, model), label in LABELS.items():
-        for run in runs:
-            if run["method"] == method and model in run.get("metrics", {}):
-                metrics = run["metrics"][model]
-                means = {name: float(np.mean(metrics[name])) for name in COLUMNS}
-                scores.setdefault(label, {})[run["seed"]] = means
+    for run in runs:
+        for model, rows in run["test"].items():
+            means = {name: statistics.fmean(row[name] for row in rows) for name in METRICS}
+            scan_dice = {row["subject"]: row["scan_dice"] for row in rows}
+            means["scan_dice"] = statistics.fmean(scan_dice.values())
+            scores.setdefault(f"{run['method']}, {model}", {})[run["seed"]] = means
     return scores
 
 
-def paired_difference(ours, others, split_seed):
-    """Ours minus others (seed -> metric -> value), paired by seed; at least one seed is in both.
+def mean_std(values):
+    """Mean and standard deviation, which is NaN for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
-    -> (mean, standard error) of the Dice, the error NaN for a single pair; a text for both Dice
+
+def paired_differences(scores):
+    """The DIFFERENCES between rows of scores, over the seeds that both rows have.
+
+    -> dict: name -> metric -> (mean, standard error, number of pairs); error NaN for a single pair
     """
-    seeds = sorted(ours.keys() & others.keys())
-    results = []
-    texts = []
-    for metric, name in (("dice", "Dice"), ("scan_dice", "Dice per scan")):
-        pairs = [ours[seed][metric] - others[seed][metric] for seed in seeds]
-        mean = statistics.fmean(pairs)
-        error = math.nan
-        text = f"{mean:+.2f}"
-        if len(pairs) > 1:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5
-            text += f" ± {error:.2f}"
-        results.append((mean, error))
-        texts.append(f"{text} {name}")
-    what = "random splits" if split_seed == -1 else "training seeds of one split"
-    note = "one run: no standard error"
-    if len(seeds) > 1:
-        note = f"mean ± standard error, {len(seeds)} {what}"
-    return results[0], f"{', '.join(texts)} ({note})"
+    differences = {}
+    for name, (ours, others) in DIFFERENCES.items():
+        seeds = scores.get(ours, {}).keys() & scores.get(others, {}).keys()
+        for metric in COLUMNS if seeds else ():
+            pairs = [scores[ours][seed][metric] - scores[others][seed][metric] for seed in seeds]
+            mean, std = mean_std(pairs)
+            difference = (mean, std / len(pairs) ** 0.5, len(pairs))
+            differences.setdefault(name, {})[metric] = difference
+    return differences
 
 
-def make_table(scores):
-    """Mean (std) over runs as Markdown, like the paper's Table 1. scores: from mean_scores."""
-    titles = "".join(f" {name:>13} |" for name in COLUMNS)
-    lines = [f"| {'test, %':22} |{titles}\n", "| :--- |" + " ---: |" * len(COLUMNS) + "\n"]
+def make_table(scores, differences, split_seed):
+    """Scores, like the paper's Table 1, and differences, as Markdown."""
+    lines = [f"| {'test, %':23} | runs |" + "".join(f" {name:>13} |" for name in COLUMNS),
+             "| :--- | ---: |" + " ---: |" * len(COLUMNS)]
     for label, by_seed in scores.items():
-        line = f"| {label:22} |"
+        line = f"| {label:23} | {len(by_seed):4} |"
         for name in COLUMNS:
-            values = [means[name] for means in by_seed.values()]
-            cell = f"{statistics.fmean(values):.2f}"
-            if len(values) > 1:
-                cell += f" ({statistics.stdev(values):.2f})"
-            line += f" {cell:>13} |"
-        lines.append(line + "\n")
-    runs = max(len(by_seed) for by_seed in scores.values())
-    return "".join(lines) + (f"\nRuns: {runs}. The first six: means over the test slices with "
-                             "foreground (paper, Table 1). scan_dice: over all slices of a "
-                             "scan.\n")
-
-
-def compare(argv):
-    """Compare two folders of runs, seed by seed. -> dict: row -> (mean, standard error) of Dice"""
-    parser = Parser(prog="mean_teacher_seg.py compare", description="Paired differences: the runs "
-                    "of the first folder minus those of the second with the same seed.")
-    parser.add_argument("folders", type=Path, nargs=2, help="for example the method and w = 0")
-    folders = parser.parse_args(argv).folders
-    ours, others = [[run for run in folder_runs(folder).values() if "metrics" in run]
-                    for folder in folders]
-    require(ours and others, f"{folders[0]} or {folders[1]} has no finished run with a test")
-    for run, other in itertools.product(ours, others):
-        tested = []
-        for each in (run, other):
-            settings = [each["config"][name] for name in ("label", "spacing", "crop")]
-            files = {name: checksum for name, checksum in each["scans"].items()
-                     if name.startswith("test ")}
-            tested.append([settings, files])
-        require(run["seed"] != other["seed"] or tested[0] == tested[1],
-                f"{folders[1]}: run {run['seed']} was tested on other slices than in "
-                f"{folders[0]}; use the same data, --split-seed, --label, --spacing and --crop")
-    split_seed = ours[0]["config"]["split_seed"]
-    other_scores = mean_scores(others)
-    result = {}
-    for label, row in mean_scores(ours).items():
-        other_row = other_scores.get(label, {})
-        if row.keys() & other_row.keys():
-            result[label], text = paired_difference(row, other_row, split_seed)
-            print(f"{label}: {text}")
-    require(result, f"{folders[0]} and {folders[1]}: no runs of the same method and seed")
-    return result
+            mean, std = mean_std([means[name] for means in by_seed.values()])
+            line += f" {f'{mean:.2f} ({std:.2f})':>13} |"
+        lines.append(line)
+    for label, by_metric in differences.items():
+        line = f"| {label:23} | {by_metric['dice'][2]:4} |"
+        for mean, error, _ in by_metric.values():
+            line += f" {f'{mean:+.2f} ± {error:.2f}':>13} |"
+        lines.append(line)
+    what = "random splits" if split_seed == -1 else "training seeds of one split"
+    lines.append(f"\nMean (std) over runs, {what}; differences: mean ± standard error over pairs "
+                 "of runs with the same seed. The first six metrics: means over the test slices "
+                 "with foreground (paper, Table 1); scan_dice: over all slices of a scan.\n")
+    # A single run has no spread.
+    return "\n".join(lines).replace(" (nan)", "").replace(" ± nan", "")
 
 
 def save_figure(path, figure):
@@ -1506,23 +1418,22 @@ def draw_curves(runs):
 
 
 def draw_examples(config, runs, slices):
-    """Outlines of the rater's mask and of the runs with --seed on test slices. -> Figure"""
+    """Test slices with the outlines of the rater's mask and of the runs with --seed. -> Figure"""
     shown = slices.masks.flatten(1).any(1).nonzero().flatten()
     # At most four slices, evenly spaced
-    shown = shown[::math.ceil(len(shown) / 4)]
+    shown = shown[::math.ceil(len(shown) / 4)].tolist()
     images = slices.images[shown].cpu()
-    truth = slices.masks[shown].cpu()
-    outlines = {"rater": truth}
+    outlines = {"rater": slices.masks[shown].cpu()}
     for run in runs:
         if run["seed"] == config.seed:
-            path = Path(config.out, f"{run['method']}-seed{run['seed']}.pt")
-            probabilities = predict_probabilities(load_network(run, path), images)
+            network = load_network(run, config.out)
+            probabilities = predict_probabilities(network, images)
             outlines[run["method"]] = probabilities > config.threshold
     size = (3.2 * len(shown), 3.4 * len(outlines))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(outlines), len(shown), squeeze=False)
     for row, (name, masks) in zip(axes, outlines.items()):
-        dice = segmentation_metrics(masks, truth)["dice"].tolist()
+        dice = segmentation_metrics(masks, outlines["rater"])["dice"]
         for k, axis in enumerate(row):
             _, scan, z = slices.where[shown[k]]
             title = f"{scan}, slice {z}\n{name}, Dice {dice[k]:.1f}"
@@ -1531,7 +1442,7 @@ def draw_examples(config, runs, slices):
             axis.set_title(title, fontsize=9, parse_math=False)
             axis.set_axis_off()
             # Grey levels for the structure, not for bright fat around it
-            inside = images[k][truth[k] > 0]
+            inside = images[k][outlines["rater"][k] > 0]
             low, high = inside.min(), inside.max()
             axis.imshow(images[k, 0].numpy(), cmap="gray", vmin=low - 1, vmax=high + 1)
             if masks[k].any():
@@ -1545,7 +1456,7 @@ def predict_volume(image, network, config, name="image"):
     """Probability of foreground for every voxel of a nibabel image, on the image's own grid.
 
     network: as trained with config, whose spacing and crop are used -> array of image.shape,
-    float32 in [0, 1]; 0 outside the crop. Warns if the mask is empty or touches the crop's border.
+    float32 in [0, 1]; 0 outside the crop. Warns if foreground touches the border of the crop.
     """
     images = read_images(image, config)  # (Z, 1, crop, crop)
     device = next(network.parameters()).device
@@ -1553,12 +1464,9 @@ def predict_volume(image, network, config, name="image"):
     # Nothing is foreground in an empty slice.
     probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)
     mask = probabilities > config.threshold
-    if not mask.any() or mask.sum() > mask[..., 1:-1, 1:-1].sum():
-        what = "foreground at the border of" if mask.any() else "no foreground in"
-        print(f"warning: {name}: {what} the centre crop of {config.crop} px of "
-              f"{config.spacing} mm; see --crop")
-    volume, voxel_mm = canonical(image)
-    size = resampled_size(volume, voxel_mm, config.spacing)
+    if mask.sum() > mask[..., 1:-1, 1:-1].sum():
+        print(f"warning: {name}: foreground at the border of the centre crop; see --crop")
+    volume, size = canonical(image, config.spacing)
     result = np.zeros_like(volume)       # (X, Y, Z), RAS
     # Undo to_slices, slice by slice.
     for z in range(volume.shape[2]):
@@ -1589,15 +1497,12 @@ def predict(argv):
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto [auto]")
     parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
     given = parser.parse_args(argv)
-    endings = (".nii", ".nii.gz")
     outputs = [given.output]
-    if not given.output.name.endswith(endings):
+    if not given.output.name.endswith((".nii", ".nii.gz")):
         outputs = [given.output / image.name for image in given.images]
     require(len(set(outputs)) == len(given.images),
             f"{given.output}: several scans for one mask; give a folder, and scans of other names")
     for image, output in zip(given.images, outputs):
-        require(not image.is_dir(), f"{image}: is a folder; give its files, as {image}/*.nii.gz")
-        require(output.name.endswith(endings), f"{output}: must end in .nii or .nii.gz")
         require(output.resolve() != image.resolve(),
                 f"{output}: is the scan itself; give another --output")
         require(given.overwrite or not output.exists(),
@@ -1617,13 +1522,13 @@ def predict(argv):
             values = np.unique(image.get_fdata(dtype=np.float32))
             is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
             require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
+            foreground = predict_volume(image, network, config, path) > config.threshold
+            save_mask(output, foreground, image)
+            print(f"{output}: {foreground.sum()} voxels of foreground inside the centre crop of "
+                  f"{config.crop} px of {config.spacing} mm")
         except InputError as error:
             # The other scans are segmented first.
             faults.append(str(error))
-            continue
-        foreground = predict_volume(image, network, config, path) > config.threshold
-        save_mask(output, foreground, image)
-        print(f"{output}: {foreground.sum()} voxels of foreground")
     require(not faults, "; ".join(faults))
     return outputs
 
@@ -1808,21 +1713,12 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
                     nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
                     nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(unfinished, 0o755)
-        try:
+        # Another process can have written the same in the meantime.
+        if not folder.is_dir():
             os.rename(unfinished, folder)
-        except OSError:
-            # If the folder exists, another process has written it first.
-            if not folder.is_dir():
-                raise
 
 
 # --- 13. Command line ----------------------------------------------------------------------------
-
-# The groups of --help: the first field of each, and its title.
-GROUPS = {"data": "what to run", "spacing": "data", "width": "network", "epochs": "optimisation",
-          "consistency_weight": "mean teacher", "degrees": "augmentation",
-          "threshold": "evaluation"}
-
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong option in one line, like any other bad input."""
@@ -1834,7 +1730,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """Turn the command line, which has an option for every field, into Config and preset."""
     parser = Parser(
-        usage="%(prog)s [options]\n       %(prog)s predict --help\n       %(prog)s compare --help",
+        usage="%(prog)s [options]\n       %(prog)s predict --help",
         description="The paper's experiment: 1600 epochs x 10 steps supervised, 350 x 10 steps of "
         "the mean teacher, with 86 training slices. [Brackets]: the defaults of --preset paper; "
         "(authors): the paper is silent, from the first author's code; (here): our choice.",
@@ -1846,29 +1742,25 @@ def parse(argv):
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
     for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
         values = field.default if isinstance(field.default, tuple) else (field.default,)
         text = f"{field.metadata['help']} [{' '.join(map(str, values))}]"
-        group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                           nargs="+" if values is field.default else None,
-                           type=type(values[0]) if values else str,
-                           choices=field.metadata["choices"], help=text.replace("%", "%%"))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            nargs="+" if values is field.default else None,
+                            type=type(values[0]) if values else str,
+                            choices=field.metadata["choices"], help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     for name, value in given.items():
         given[name] = tuple(value) if isinstance(value, list) else value
     if "epochs" in given:
         given.setdefault("steps", 0)
-    config = dataclasses.replace(DEMO if preset == "demo" else Config(), **given)
-    if not config.out:
-        name = os.path.basename(os.path.abspath(config.data)) if config.data else "phantom"
-        config = dataclasses.replace(config, out=f"runs/{preset}-{name}")
-    return config, preset
+    name = os.path.basename(os.path.abspath(given["data"])) if given.get("data") else "phantom"
+    given.setdefault("out", f"runs/{preset}-{name}")
+    return dataclasses.replace(DEMO if preset == "demo" else Config(), **given), preset
 
 
 def main(argv=None):
-    """Run a command line (default: the program's own). -> as experiment, predict or compare.
+    """Run a command line (default: the program's own). -> as experiment or predict.
 
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
@@ -1876,10 +1768,9 @@ def main(argv=None):
     # A name that the terminal cannot show is no reason to stop.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    command = {"predict": predict, "compare": compare}.get(argv[0] if argv else "")
     try:
-        if command:
-            return command(argv[1:])
+        if argv and argv[0] == "predict":
+            return predict(argv[1:])
         config, preset = parse(argv)
         if preset == "paper" and pick_device(config.device).type == "cpu":
             print("note: the paper's settings take days on a CPU; --preset demo takes minutes")
@@ -1888,8 +1779,7 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted" if command else
-              "interrupted; the same command continues the training")
+        print("interrupted; the same command continues a training")
         raise SystemExit(130) from None
 
 
