@@ -2,13 +2,15 @@
 """Mean-teacher semi-supervised segmentation in one file.
 
 The method of C. S. Perone and J. Cohen-Adad, "Deep semi-supervised segmentation with
-weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. A student network f(theta)
+weight-averaged consistency targets", DLMIA 2018, arXiv:1807.04657. The paper segments the grey
+matter of the spinal cord, one foreground class, in slices of MRI. A student network f(theta)
 learns from a few slices with masks. The weights of the teacher f(theta') are the exponential
 moving average of the student's. On every slice the student is trained to agree with the teacher.
+In the following, g(x; phi) is the image x, resampled by the affine transformation phi.
 
     Algorithm 1, as section 5 of this file implements it
      1  for each mini-batch of slices x, the labelled ones with masks y
-     2      draw phi, a small affine transformation for every slice
+     2      draw phi, a small transformation for every slice
      3      z  = f(theta, g(x; phi) + noise)          student: transformed BEFORE its forward pass
      4      z~ = g(f(theta', x + other noise); phi)   teacher: the same phi AFTER it, "delayed"
      5      L  = -Dice(z, g(y; phi))                  labelled slices only            (eq. 3)
@@ -18,12 +20,11 @@ moving average of the student's. On every slice the student is trained to agree 
      9      t  = t + 1
     10      theta' = alpha theta' + (1 - alpha) theta (eq. 1)
 
-g(x; phi) is the image x, resampled by phi. The method is sections 1 to 5 of this file: 1 U-Net,
-2 losses, 3 delayed augmentation, 4 teacher and ramps, 5 training step. Copied into your own code,
-they need only copy, math and torch. The program around it: 6 configuration, 7 data, 8 metrics,
-9 training loop, 10 experiment, 11 predict, 12 phantom, 13 command line. "Section 4" means this
-file, "paper, section 2.1" the paper, and "authors" the first author's public code (section 6),
-used where the paper is silent.
+The method is sections 1 to 5 of this file: 1 U-Net, 2 losses, 3 delayed augmentation, 4 teacher
+and ramps, 5 training step. Copied into your own code, they need only copy, math and torch. The
+program around it: 6 configuration, 7 data, 8 metrics, 9 training loop, 10 experiment, 11 predict,
+12 phantom, 13 command line. "Section 4" means this file, "paper, section 2.1" the paper, and
+"authors" the first author's public code (section 6), used where the paper is silent.
 
     python mean_teacher_seg.py                   demo on a synthetic phantom, minutes on a CPU
     python mean_teacher_seg.py --data DIR        your scans, the paper's settings; needs a GPU
@@ -127,8 +128,8 @@ def dice_loss(probabilities, masks):
                          f"{tuple(probabilities.shape)} and {tuple(masks.shape)}")
     # L(theta) = - 2 sum_i p_i y_i / (sum_i p_i + sum_i y_i), i over all pixels of all slices.
     # One ratio per batch, not the mean of one ratio per slice: in a slice with little grey matter
-    # a single pixel would change the ratio a lot. No class weights are needed either: background
-    # pixels (some 99.7 %, by Table 1) add nothing to either sum where they are predicted right.
+    # a single pixel would change the ratio a lot. Class weights are not needed: a background pixel
+    # (some 99.7 % of all, estimated from Table 1) with p near 0 adds almost nothing to the sums.
     p, y = probabilities.float(), masks.float()
     smooth = 1e-4                                        # no 0 / 0 without any foreground
     return -(2 * (p * y).sum() + smooth) / (p.sum() + y.sum() + smooth)
@@ -165,9 +166,9 @@ def consistency_loss(student_logits, teacher_probabilities, valid=None):
 # two different views of one cord. So the student's INPUT and the teacher's OUTPUT are warped, by
 # the same phi. No gradient flows through the teacher: its output is a constant target, like a
 # mask, and can be warped like one.
-# Erratum: Algorithm 1 in the paper prints the teacher's prediction as f(theta', g(x; phi')). That
-# would warp its input. The text of section 2.1 delays the warp, and this file follows the text.
-# The teacher is perturbed only by its own noise (and Dropout).
+# Erratum: Algorithm 1 in the paper prints the teacher's prediction as f(theta', g(x; phi')): its
+# input would be warped, by another phi'. The text of section 2.1 warps its output, and this file
+# follows the text. The teacher is perturbed only by its own noise (and Dropout).
 
 def sample_affine(n, degrees, translation=0.0, scale=0.0, device=None):
     """Draw n random affine transformations phi, uniform in the given ranges.
@@ -263,7 +264,7 @@ def update_teacher(student, teacher, alpha):
     # need not be: the teacher runs in train mode on every batch (with Dropout, too) and so keeps
     # running statistics of its own activations. A teacher in eval mode, which train_step refuses,
     # would keep the buffers that it was copied with, at mean 0 and variance 1 in a new network.
-    # If you need one, copy the student's buffers here as well.
+    # If you need one, copy the student's buffers here as well, and remove that check.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
 
@@ -280,8 +281,8 @@ def ramp_up(epoch, length):
 def learning_rate_factor(epoch, epochs, ramp):
     """Ramp-up over the first `ramp` epochs, then half a cosine down to 0 in the last one.
 
-    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the cosine's last epoch it is 0:
-    the student's weights stand still, and only the teacher changes. Source: paper, section 3.1.
+    epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch it is 0: the
+    student's weights no longer change, the teacher's still do. Source: paper, section 3.1.
     """
     # A training of one epoch would consist of that last one only: no decay there.
     if epoch <= ramp or epochs == 1:
@@ -313,9 +314,9 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
         raise ValueError(f"masks must be 0 or 1, got {masks.min():g} to {masks.max():g}: make "
                          "them binary, for example (masks == 1).float()")
     # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
-    # In one pass, BatchNorm would mix both, and the unlabelled slices would change the supervised
-    # gradient even at w = 0. Separately, w = 0 IS the supervised step, given the same random
-    # draws. (Only the running statistics, which evaluation uses, see both kinds of slices.)
+    # In one pass, BatchNorm would mix both, and unlabelled slices would change the supervised
+    # gradient even at w = 0. In two, a step with w = 0 gives the student the same weights as a
+    # supervised one with the same random draws. (Only running statistics then see both kinds.)
     parts = [images]
     if teacher is not None and len(unlabelled):
         parts.append(unlabelled)
@@ -346,7 +347,7 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
         # At first the teacher is the plain mean of all students: alpha is 1/2, 2/3, 3/4, ...
         # (authors), and 0.99 only at step 99. A constant 0.99 would keep the random first weights
         # in the teacher for some 100 steps. With the paper's settings, the argument alpha becomes
-        # 0.999 at step 500. There 1 - 1/(t + 1) is 0.998, and it reaches 0.999 at step 999.
+        # 0.999 at step 500. At that step 1 - 1/(t + 1) is 0.998; it reaches 0.999 at step 999.
         update_teacher(student, teacher, min(1 - 1 / (t + 1), alpha))                 # line 10
     return {"loss": loss.detach(),
             "dice_loss": loss_dice.detach(),
@@ -365,7 +366,7 @@ METHODS = ("supervised", "no_consistency", "mean_teacher")
 
 
 class InputError(Exception):
-    """Bad input. The text names the file, what is wrong, what was expected and what to do."""
+    """Bad input. The text says where, what is wrong, what was expected and what to do."""
 
 
 def require(condition, message):
@@ -382,10 +383,10 @@ def option(default, help_text, least=0, most=1e9, choices=None):
 class Config:
     """The paper's experiment. dataclasses.replace() makes a variant of it."""
     # What to run
-    data: str = option("", "folder of scans in SCGM, BIDS or Decathlon layout; none: the phantom")
-    out: str = option("", "folder for the results; empty: runs/PRESET-DATA")
-    method: tuple = option(METHODS, "what to train: the network on the masks alone; the mean "
-                           "teacher with w = 0; the mean teacher (paper: first and last)",
+    data: str = option("", "folder of scans, SCGM, BIDS or Decathlon; if not given, the phantom")
+    out: str = option("", "folder for the results; if not given, runs/PRESET-DATA")
+    method: tuple = option(METHODS, "supervised: on the masks alone; mean_teacher: the paper's; "
+                           "no_consistency: the same with w = 0 (here)",
                            choices=METHODS)
     runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
     seed: int = option(0, "seed of the first run: weights, batches, augmentation")
@@ -396,27 +397,28 @@ class Config:
     label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)")
     rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
     contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks begin with IMAGE_ + one, with "
-                              "or without the image's suffix (here)")
+    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks are named as their image, with "
+                              "or without _CONTRAST, + _ + one of these + anything (here)")
     visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression of what "
                         "is removed from a subject's name (BIDS: its folder; Decathlon: the scan) "
                         "to get the individual, whose scans stay in one set (here)")
-    negative_slices: str = option("drop", "training slices without foreground; keep them if the "
-                                  "structure ends inside similar tissue", choices=["drop", "keep"])
+    negative_slices: str = option("drop", "training slices without foreground: keep them if "
+                                  "similar tissue goes on where the structure ends (here)",
+                                  choices=["drop", "keep"])
     split: tuple = option((2, 2, 3), "subjects per site (BIDS, Decathlon: one site) to "
                           "train, validate, test, drawn at random")
     split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
     train: tuple = option((), "training subjects by name, with all visits, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
-    test: tuple = option((), "test subjects by name; none: no test")
+    test: tuple = option((), "test subjects by name; if not given with --train, there is no test")
     unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left")
     # Network
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
-    # Optimisation. Pairs are (supervised, mean teacher); one number is for both.
+    # Optimisation. Pairs are (supervised, both methods with a teacher); one number is for all.
     epochs: tuple = option((1600, 350), "number of epochs", 1)
     steps: int = option(0, "steps of the whole training, split evenly over the epochs; 0: "
-                        "an epoch is one pass over the labelled slices")
+                        "an epoch is one pass over the labelled slices, in whole batches")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
     unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
     lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
@@ -424,9 +426,9 @@ class Config:
     weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
     # Mean teacher
     # The Dice gradient of one pixel is about 1 / (foreground pixels), the consistency gradient
-    # w / (all pixels). Their ratio is w times the foreground's share of the image, which is about
-    # 0.3 % in the paper (estimated from Table 1): where it is larger, the same w is stronger. For
-    # other data, tune w on validation subjects.
+    # w / (all pixels). The second divided by the first is w times the foreground's share of the
+    # image, which is about 0.3 % in the paper (estimated from Table 1). Where it is larger, the
+    # same w is stronger: tune w on validation subjects.
     consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
     consistency_ramp: int = option(100, "epochs of the ramp-up of w")
     alpha: float = option(0.99, "decay of the moving average (EMA) at first: a memory "
@@ -438,8 +440,8 @@ class Config:
     augmentation: str = option("delayed", "delayed: warp the teacher's output; same: warp its "
                                "input, as the student's (paper, section 2.1)",
                                choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below this, "
-                               "0.5 to 1; did not help (paper, section 2)", 0, 1)
+    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below this "
+                               "(0: none); did not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
@@ -455,9 +457,12 @@ class Config:
             values = getattr(self, field.name)
             least, most = field.metadata["range"]
             for value in values if isinstance(values, tuple) else (values,):
+                given = f"--{field.name.replace('_', '-')} {value}"
                 # NaN fails too
                 require(isinstance(value, str) or least <= value <= most,
-                        f"--{field.name.replace('_', '-')} {value}: must be {least:g} to {most:g}")
+                        f"{given}: must be {least:g} to {most:g}")
+                choices = field.metadata["choices"]
+                require(not choices or value in choices, f"{given}: choose from {choices}")
         require(self.crop % 8 == 0, f"--crop {self.crop}: must be a multiple of 8")
         require(len(self.split) == 3, f"--split {self.split}: expected three numbers")
         require(max(len(self.epochs), len(self.weight_decay)) < 3,
@@ -468,9 +473,9 @@ class Config:
             raise InputError(f"--visit {self.visit}: not a regular expression ({error})") from None
 
 
-# DEMO is small enough for two CPU cores. All values that it does not name are Config's. They were
-# tuned on validation subjects of other phantoms: first for the supervised network alone (dropout,
-# lr, weight decay, steps), then w for the mean teacher.
+# DEMO is small enough for two CPU cores. All values that it does not name are Config's. Dropout,
+# lr, weight decay and steps were tuned for the supervised network alone, on validation subjects of
+# other phantoms; then w for the mean teacher, which stayed 2.9.
 DEMO = Config(
     crop=64,                                             # 16 mm: all grey matter of the phantom
     split=(1, 2, 3),                                     # few labels, where the method helps most
@@ -511,7 +516,7 @@ class Slices(NamedTuple):
     images: torch.Tensor                                 # (N, 1, H, W) float32, z-scored per slice
     masks: torch.Tensor                                  # as images, in {0, 1}; unlabelled: none
     where: list                                          # N times (site, scan, slice from below)
-    checksums: dict                                      # scan -> SHA-256 of its files
+    checksums: dict                                      # scan -> SHA-256 of its files' content
 
 
 def list_nifti(folder):
@@ -575,8 +580,8 @@ def make_scan(tree, place, name, image, contrasts, mask_names, rater):
         return Scan("", name, name, image, masks)
     if place == "imagesTs":
         return Scan("", name, name, image, {})
-    # The shortest stem, so that the longest of the contrasts is found
-    bids = re.fullmatch(f"(.*?)_({'|'.join(contrasts)})", name)
+    # ".*?": of the contrasts T1w and desc-x_T1w, the longer one matches sub-01_desc-x_T1w.
+    bids = re.fullmatch(f"(.*?)_({'|'.join(map(re.escape, contrasts))})", name)
     if not bids or not re.fullmatch("sub-[^/]+/(.+/)?anat", place):
         return None
     stem, suffix = bids.groups()
@@ -586,7 +591,8 @@ def make_scan(tree, place, name, image, contrasts, mask_names, rater):
                   "them, as desc-preproc_T1w", name)
         return None
     # The image's name, with or without its suffix, then the mask's name, then anything
-    patterns = [f"{stem}(_{suffix})?_{mask_name}.*" for mask_name in mask_names]
+    start = f"{re.escape(stem)}(_{re.escape(suffix)})?_"
+    patterns = [f"{start}{re.escape(mask_name)}.*" for mask_name in mask_names]
     masks = find_masks(tree, f"derivatives/labels/{place}", patterns, image)
     return Scan("", place.split("/")[0], name, image, masks)
 
@@ -662,16 +668,17 @@ def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
     Every individual has one role, so that no other visit of a test subject is ever trained on.
-    Unlabelled set: with --unlabelled, the scans of these individuals only. Otherwise all scans
-    that are left, also those without a mask of training subjects, but none of val and test. If
-    the split is random and some of them have no mask, only these are used.
+    Left are the scans of individuals without a role, and of training subjects those without a
+    mask. The unlabelled set is, with --unlabelled, the scans of these individuals; with --train,
+    all that are left; with a random split, those left that have no mask, or if there are none,
+    all that are left.
     """
     roles = assign_roles(scans, config)
     sets = {"train": [], "val": [], "test": [], "unlabelled": []}
     left = []
     for scan in scans:
         role = roles.get(individual(scan.subject, config))
-        if role == "unlabelled" or scan.masks and role:
+        if role == "unlabelled" or (role and scan.masks):
             sets[role].append(scan)
         elif role in ("train", None):
             left.append(scan)
@@ -734,8 +741,8 @@ def read_mask(path, config, image):
     decimal.
     """
     stored, checksum = load_nifti(path, config.spacing)
-    # Store the mask along the image's own axes. Turning each to RAS by its own affine would fail
-    # near 45 degrees, where a rounding error decides which axis is closest.
+    # Reorder the mask's axes to the image's. Turning each to RAS by its own affine would fail near
+    # 45 degrees, where a rounding error decides which axis is closest.
     to_image = np.linalg.inv(image.affine)
     mask = stored.as_reoriented(nib.io_orientation(to_image @ stored.affine))
     require(image.shape in (stored.shape, mask.shape),
@@ -763,8 +770,8 @@ def read_mask(path, config, image):
 def canonical(image, spacing):
     """Turn a nibabel image to RAS: axes to the right, to the front (anterior) and up (superior).
 
-    -> array (X, Y, Z) float32; (height, width) in px of its axial slices, resampled to `spacing`
-    mm: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
+    -> array (X, Y, Z) float32, not resampled; (height, width) in px that its axial slices have
+    when they are resampled to `spacing` mm.
     """
     image = nib.as_closest_canonical(image)
     volume = image.get_fdata(dtype=np.float32)
@@ -779,7 +786,7 @@ def canonical(image, spacing):
 def center_crop(slices, height, width):
     """Crop (N, 1, H, W) around its centre, or pad it with 0, to (N, 1, height, width).
 
-    Cropping back to H x W undoes a padding, and puts a crop back in its place.
+    A second call with the old size removes the padding, or pads a crop to its old position.
     """
     taller = slices.shape[2] - height
     wider = slices.shape[3] - width
@@ -793,9 +800,9 @@ def center_crop(slices, height, width):
 def to_slices(image, config):
     """Axial slices of a nibabel image, resampled, then cropped. -> (Z, 1, H, W) float32.
 
-    H, W: the crop, or the image where that is smaller. Linear interpolation, antialiased when
-    shrinking. Slices are processed one by one, because whole resampled volumes can be larger than
-    the memory.
+    H and W are those of the crop, or of the image where that is smaller. Linear interpolation,
+    antialiased when shrinking. Slices are processed one by one, because whole resampled volumes
+    can be larger than the memory. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
     """
     volume, (height, width) = canonical(image, config.spacing)
     slices = []
@@ -951,11 +958,11 @@ def predict_probabilities(model, images, batch=32):
 
 
 def evaluate(model, slices, config):
-    """Metrics of a network on labelled Slices, in percent. -> list of dicts, one for each slice
+    """Metrics of a network on labelled Slices, in percent. -> list of dicts
 
-    Only for slices that have foreground, as in the paper: site, subject (the scan's name), slice,
-    the six of segmentation_metrics; scan_dice: the Dice of all slices of the scan taken together,
-    also those without foreground (inside the crop).
+    One dict for each slice that has foreground, as in the paper, with site, subject (the scan's
+    name), slice, and the six of segmentation_metrics. scan_dice is the Dice of all slices of its
+    scan together, also those without foreground.
     """
     predictions = predict_probabilities(model, slices.images) > config.threshold
     metrics = segmentation_metrics(predictions, slices.masks)
@@ -1239,6 +1246,8 @@ def load_network(run, path, name=None):
 # --- 10. Experiment: methods x runs, table, pictures ---------------------------------------------
 
 # What the gain is made of: differences between rows of the table. The last three add up to it.
+# "BatchNorm": with equal epochs and weight decay, as in the demo, w = 0 differs from supervised
+# training only by unlabelled slices in BatchNorm's statistics, and by its random draws.
 DIFFERENCES = {
     "gain": ("mean_teacher, teacher", "supervised, student"),
     "= BatchNorm": ("no_consistency, student", "supervised, student"),
@@ -1252,8 +1261,9 @@ COLORS = {"rater": "#009e73", "supervised": "#d55e00", "no_consistency": "#cc79a
 def experiment(config):
     """Train every method with every seed, evaluate, report. -> dict: scores, differences, table.
 
-    See report(). Under torchrun the processes share the seeds; the one that ends last reports, the
-    others return None. InputError if config.out holds runs of other settings or scans.
+    See report(): it covers all finished runs in config.out, also those of earlier commands.
+    InputError if runs in it are of other settings or scans. Under torchrun, each process trains a
+    part of the seeds; the one that ends last reports, the others return None.
     """
     device = pick_device(config.device)
     out = Path(config.out)
@@ -1266,7 +1276,8 @@ def experiment(config):
         else:
             data[seed] = data[config.seed] if data else load_data(config, device)
     for path, run in folder_runs(out).items():
-        check_run(path, run, config, data.get(run["seed"]))
+        split = run["seed"] if config.split_seed == -1 else config.seed
+        check_run(path, run, config, data.get(split))
     scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
     record = {"config": vars(config), "scans": scans}
     save(out / "config.json", json.dumps(record, indent=1).encode())
@@ -1330,14 +1341,18 @@ def report(config, runs, test_slices):
         if rows:
             save_figure(out / "examples.png", draw_examples(config, runs, test_slices))
             save_csv(out / "metrics.csv", rows)
-            table = make_table(scores, differences, config.split_seed)
+            random_splits = config.split_seed == -1 and not config.train
+            table = make_table(scores, differences, random_splits)
             save(out / "table.md", table.encode())
     print(f"\n{table}\nAll results are in {out}")
     return {"scores": scores, "differences": differences, "table": table}
 
 
 def mean_scores(runs):
-    """-> dict: "METHOD, MODEL" -> seed -> metric -> mean over test slices (scan_dice: scans), %"""
+    """Means over test slices (scan_dice: scans), in percent, as
+
+    scores["mean_teacher, teacher"][0]["dice"] for seed 0. The names are method and model.
+    """
     scores = {}
     for run in runs:
         for model, rows in run["test"].items():
@@ -1369,7 +1384,7 @@ def paired_differences(scores):
     return differences
 
 
-def make_table(scores, differences, split_seed):
+def make_table(scores, differences, random_splits):
     """Scores, like the paper's Table 1, and differences, as Markdown."""
     lines = [f"| {'test, %':23} | runs |" + "".join(f" {name:>13} |" for name in COLUMNS),
              "| :--- | ---: |" + " ---: |" * len(COLUMNS)]
@@ -1384,7 +1399,7 @@ def make_table(scores, differences, split_seed):
         for mean, error, _ in by_metric.values():
             line += f" {f'{mean:+.2f} ± {error:.2f}':>13} |"
         lines.append(line)
-    what = "random splits" if split_seed == -1 else "training seeds of one split"
+    what = "random splits" if random_splits else "training seeds of one split"
     lines.append(f"\nMean (std) over runs, {what}; differences: mean ± standard error over pairs "
                  "of runs with the same seed. The first six metrics: means over the test slices "
                  "with foreground (paper, Table 1); scan_dice: over all slices of a scan.\n")
