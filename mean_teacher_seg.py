@@ -565,36 +565,41 @@ def find_masks(tree, folder, patterns, image):
     return masks
 
 
-def make_scan(tree, place, name, image, contrasts, mask_names, rater):
+def make_scan(tree, place, name, contrasts, mask_names, rater):
     """The Scan of an image, with its masks. See find_scans. None for a file that is not a scan."""
+    image = tree[place][name]
+    site = ""
+    subject = name
+    mask_folder = None                                   # unlabelled in any case
+    patterns = [re.escape(name)]                         # of the mask's name
     scgm = re.fullmatch(r"((site\d)-sc(\d\d))-image", name)
-    if scgm:
-        subject, site, number = scgm.groups()
-        masks = {}
-        # sc11 to sc20 are the challenge's test half: unlabelled in any case.
-        if int(number) <= 10:
-            masks = find_masks(tree, place, [f"{subject}-mask-r{rater}"], image)
-        return Scan(site, subject, subject, image, masks)
-    if place == "imagesTr":
-        masks = find_masks(tree, "labelsTr", [re.escape(name)], image)
-        return Scan("", name, name, image, masks)
-    if place == "imagesTs":
-        return Scan("", name, name, image, {})
     # ".*?": of the contrasts T1w and desc-x_T1w, the longer one matches sub-01_desc-x_T1w.
     bids = re.fullmatch(f"(.*?)_({'|'.join(map(re.escape, contrasts))})", name)
-    if not bids or not re.fullmatch("sub-[^/]+/(.+/)?anat", place):
+    if scgm:
+        name, site, number = scgm.groups()
+        subject = name
+        patterns = [f"{name}-mask-r{rater}"]
+        # sc11 to sc20 are the challenge's test half.
+        if int(number) <= 10:
+            mask_folder = place
+    elif place == "imagesTr":
+        mask_folder = "labelsTr"
+    elif bids and re.fullmatch("sub-[^/]+/(.+/)?anat", place):
+        stem, suffix = bids.groups()
+        # Only magnitude images, and nothing that was derived from an image
+        if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
+            note_once("derived and non-magnitude images are left out; name them in --contrast to "
+                      "use them, as desc-preproc_T1w", name)
+            return None
+        subject = place.split("/")[0]
+        mask_folder = f"derivatives/labels/{place}"
+        # The image's name, with or without its suffix, then the mask's name, then anything
+        start = f"{re.escape(stem)}(_{re.escape(suffix)})?_"
+        patterns = [f"{start}{re.escape(mask_name)}.*" for mask_name in mask_names]
+    elif place != "imagesTs":
         return None
-    stem, suffix = bids.groups()
-    # Only magnitude images, and nothing that was derived from an image
-    if re.search("_(part-phase|part-real|part-imag|desc-|label-|space-)", stem):
-        note_once("derived and non-magnitude images are left out; name them in --contrast to use "
-                  "them, as desc-preproc_T1w", name)
-        return None
-    # The image's name, with or without its suffix, then the mask's name, then anything
-    start = f"{re.escape(stem)}(_{re.escape(suffix)})?_"
-    patterns = [f"{start}{re.escape(mask_name)}.*" for mask_name in mask_names]
-    masks = find_masks(tree, f"derivatives/labels/{place}", patterns, image)
-    return Scan("", place.split("/")[0], name, image, masks)
+    masks = find_masks(tree, mask_folder, patterns, image)
+    return Scan(site, subject, name, image, masks)
 
 
 def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, rater=Config.rater):
@@ -611,7 +616,7 @@ def find_scans(folder, contrasts=Config.contrast, mask_names=Config.mask_name, r
     scans = {}
     for place, files in tree.items():
         for name, path in files.items():
-            scan = make_scan(tree, place, name, path, contrasts, mask_names, rater)
+            scan = make_scan(tree, place, name, contrasts, mask_names, rater)
             if scan:
                 require(scan.name not in scans,
                         f"{path}: another scan has the name {scan.name}; rename one")
@@ -770,17 +775,18 @@ def read_mask(path, config, image):
 def canonical(image, spacing):
     """Turn a nibabel image to RAS: axes to the right, to the front (anterior) and up (superior).
 
-    -> array (X, Y, Z) float32, not resampled; (height, width) in px that its axial slices have
-    when they are resampled to `spacing` mm.
+    -> its axial slices (Z, 1, Y, X) float32, from the front (anterior) to the back, not resampled;
+    (height, width) in px that they have when resampled to `spacing` mm.
     """
     image = nib.as_closest_canonical(image)
-    volume = image.get_fdata(dtype=np.float32)
+    volume = image.get_fdata(dtype=np.float32)           # (X, Y, Z)
+    slices = torch.from_numpy(volume[:, ::-1].T.copy())[:, None]
     voxel_mm = nib.affines.voxel_sizes(image.affine)
     if max(voxel_mm[:2]) > 1.5 * voxel_mm[2]:
         note_once("scans that are thickest along x or y are cut into axial slices, too",
                   f"voxels of {voxel_mm.round(2)} mm")
     width, height = np.rint(volume.shape[:2] * voxel_mm[:2] / spacing).astype(int).clip(1)
-    return volume, (height, width)
+    return slices, (height, width)
 
 
 def center_crop(slices, height, width):
@@ -804,11 +810,9 @@ def to_slices(image, config):
     antialiased when shrinking. Slices are processed one by one, because whole resampled volumes
     can be larger than the memory. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
     """
-    volume, (height, width) = canonical(image, config.spacing)
+    stored, (height, width) = canonical(image, config.spacing)
     slices = []
-    for z in range(volume.shape[2]):
-        plane = torch.from_numpy(volume[:, ::-1, z].T.copy())
-        plane = plane[None, None]        # (1, 1, Y, X)
+    for plane in stored.split(1):                        # (1, 1, Y, X)
         plane = F.interpolate(plane, size=(height, width), mode="bilinear", antialias=True)
         slices.append(center_crop(plane, min(height, config.crop), min(width, config.crop)))
     return torch.cat(slices)
@@ -869,12 +873,11 @@ def read_scan(scan, config, role):
 
 def warn_if_cropped(path, mask, config):
     """Print a warning if more than 1 % of a mask's foreground is outside the centre crop."""
-    volume, size = canonical(mask, config.spacing)
+    slices, size = canonical(mask, config.spacing)
     # The crop in voxels
-    height, width = np.rint(np.multiply(volume.shape[1::-1], config.crop) / size).astype(int)
-    inside = center_crop(torch.from_numpy(volume.T.copy())[:, None], height, width)
-    total = volume.sum()
-    outside = total - inside.sum().item()
+    height, width = np.rint(np.multiply(slices.shape[2:], config.crop) / size).astype(int)
+    total = slices.sum().item()
+    outside = total - center_crop(slices, height, width).sum().item()
     if outside > 0.01 * total:
         print(f"warning: {path}: {outside / total:.0%} of the foreground is outside the centre "
               f"crop of {config.crop} px of {config.spacing} mm, and left out of all metrics; "
@@ -910,9 +913,11 @@ def load_data(config, device="cpu"):
             masks.append(slices.masks)
             where += slices.where
             checksums |= slices.checksums
-        images = torch.cat(images).to(device)
-        masks = torch.cat(masks).to(device)
-        data[role] = Slices(images, masks, where, checksums)
+        data[role] = Slices(
+            torch.cat(images).to(device),
+            torch.cat(masks).to(device),
+            where,
+            checksums)
         print(f"{role:>10}: {len(where):4d} slices of {len(members):2d} scans")
     require(not faults, "; ".join(faults))
     require(data["train"].where, f"{folder}: no slices to train with; check --split, --crop and "
@@ -966,14 +971,13 @@ def evaluate(model, slices, config):
     """
     predictions = predict_probabilities(model, slices.images) > config.threshold
     metrics = segmentation_metrics(predictions, slices.masks)
-    scans = np.array([scan for _, scan, _ in slices.where])
     rows = []
     for k, (site, scan, z) in enumerate(slices.where):
         if slices.masks[k].any():
             row = {"site": site, "subject": scan, "slice": z}
             for name in METRICS:
                 row[name] = metrics[name][k].item()
-            its_slices = torch.from_numpy(scans == scan)
+            its_slices = [name == scan for _, name, _ in slices.where]
             whole = segmentation_metrics(predictions[its_slices].flatten()[None],
                                          slices.masks[its_slices].flatten()[None])
             row["scan_dice"] = whole["dice"].item()
@@ -1048,11 +1052,11 @@ def batches(data, steps, n_labelled, n_unlabelled):
     on with a new order when a set is used up.
     """
     def shuffled(images, count):
-        # cat needs one order at least.
-        orders = [torch.arange(0, device=images.device)]
-        for _ in range(math.ceil(steps * count / max(len(images), 1))):
-            orders.append(torch.randperm(len(images), device=images.device))
-        return torch.cat(orders)[:steps * count].view(steps, count)
+        order = torch.arange(0, device=images.device)
+        while len(order) < steps * count:
+            again = torch.randperm(len(images), device=images.device)
+            order = torch.cat([order, again])
+        return order[:steps * count].view(steps, count)
 
     labelled = data["train"]
     unlabelled = data["unlabelled"]
@@ -1093,8 +1097,8 @@ def train(config, method, seed, data, after_epoch=None):
     final_weight = config.consistency_weight if method == "mean_teacher" else 0
     history = run["history"]
     start = time.perf_counter()
-    first_step = steps * len(history) // epochs
-    for epoch in range(len(history) + 1, epochs + 1):
+    first_epoch = len(history) + 1
+    for epoch in range(first_epoch, epochs + 1):
         # Batches, phi, noise and Dropout. Reseeding at every epoch means that a checkpoint needs
         # no RNG state.
         torch.manual_seed(1_000_000 * seed + epoch)
@@ -1117,8 +1121,8 @@ def train(config, method, seed, data, after_epoch=None):
         history.append(row | {"val_student": math.nan, "val_teacher": math.nan})
         if epoch in (1, epochs) or epoch % config.validate_every == 0:
             save_epoch(run, path, config, models, optimizer, data, epoch == epochs)
-            seconds_per_step = (time.perf_counter() - start) / (step - first_step)
-            print_progress(history[-1], seconds_per_step * (steps - step))
+            seconds_per_epoch = (time.perf_counter() - start) / (epoch - first_epoch + 1)
+            print_progress(history[-1], seconds_per_epoch * (epochs - epoch))
         if after_epoch:
             after_epoch(history[-1], models)
     return run
@@ -1208,16 +1212,15 @@ def load_checkpoint(path):
                          f"{error}); give another file") from error
 
 
-def check_run(path, run, config, data=None):
-    """InputError if a checkpoint is of other settings or (with data) of other scans."""
-    changed = dict(run["config"].items() ^ vars(config).items())
+def check_run(path, run, config, data):
+    """InputError if a checkpoint is of other settings or (data: not None) of other scans."""
+    changed = run["config"].items() ^ vars(config).items()
     if data:
-        changed |= dict(run["scans"].items() ^ scan_checksums(data).items())
+        changed |= run["scans"].items() ^ scan_checksums(data).items()
     # Runs, seeds and methods can be added, data can be moved, the device can change.
-    for name in ("data", "out", "method", "runs", "seed", "device"):
-        changed.pop(name, None)
-    require(not changed, f"{path}: was trained with another {', '.join(sorted(changed))}; give "
-                         f"another --out, or delete {path.parent} to start again")
+    names = {name for name, _ in changed} - {"data", "out", "method", "runs", "seed", "device"}
+    require(not names, f"{path}: was trained with another {', '.join(sorted(names))}; give "
+                       f"another --out, or delete {path.parent} to start again")
 
 
 def scan_checksums(data):
@@ -1270,11 +1273,11 @@ def experiment(config):
     seeds = range(config.seed, config.seed + config.runs)
     # All data are read before the first training, so that every fault is found at once.
     data = {}                                            # seed of a run -> its data
-    for seed in seeds:
-        if config.split_seed == -1:
+    if config.split_seed == -1:
+        for seed in seeds:
             data[seed] = load_data(dataclasses.replace(config, split_seed=seed), device)
-        else:
-            data[seed] = data[config.seed] if data else load_data(config, device)
+    else:
+        data = dict.fromkeys(seeds, load_data(config, device))
     for path, run in folder_runs(out).items():
         split = run["seed"] if config.split_seed == -1 else config.seed
         check_run(path, run, config, data.get(split))
@@ -1363,24 +1366,18 @@ def mean_scores(runs):
     return scores
 
 
-def mean_std(values):
-    """Mean and standard deviation, which is NaN for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
 def paired_differences(scores):
-    """The DIFFERENCES between rows of scores, over the seeds that both rows have.
+    """The DIFFERENCES between rows of scores, for the seeds that both rows have.
 
-    -> dict: name -> metric -> (mean, standard error, number of pairs); error NaN for a single pair
+    -> dict: name -> seed -> metric -> difference, like scores
     """
     differences = {}
     for name, (ours, others) in DIFFERENCES.items():
-        seeds = scores.get(ours, {}).keys() & scores.get(others, {}).keys()
-        for metric in COLUMNS if seeds else ():
-            pairs = [scores[ours][seed][metric] - scores[others][seed][metric] for seed in seeds]
-            mean, std = mean_std(pairs)
-            difference = (mean, std / len(pairs) ** 0.5, len(pairs))
-            differences.setdefault(name, {})[metric] = difference
+        for seed, row in scores.get(ours, {}).items():
+            if seed in scores.get(others, {}):
+                other = scores[others][seed]
+                difference = {metric: row[metric] - other[metric] for metric in COLUMNS}
+                differences.setdefault(name, {})[seed] = difference
     return differences
 
 
@@ -1388,23 +1385,24 @@ def make_table(scores, differences, random_splits):
     """Scores, like the paper's Table 1, and differences, as Markdown."""
     lines = [f"| {'test, %':23} | runs |" + "".join(f" {name:>13} |" for name in COLUMNS),
              "| :--- | ---: |" + " ---: |" * len(COLUMNS)]
-    for label, by_seed in scores.items():
+    for label, by_seed in (scores | differences).items():
         line = f"| {label:23} | {len(by_seed):4} |"
         for name in COLUMNS:
-            mean, std = mean_std([means[name] for means in by_seed.values()])
-            line += f" {f'{mean:.2f} ({std:.2f})':>13} |"
-        lines.append(line)
-    for label, by_metric in differences.items():
-        line = f"| {label:23} | {by_metric['dice'][2]:4} |"
-        for mean, error, _ in by_metric.values():
-            line += f" {f'{mean:+.2f} ± {error:.2f}':>13} |"
+            values = [row[name] for row in by_seed.values()]
+            mean = statistics.fmean(values)
+            std = statistics.stdev(values) if len(values) > 1 else math.nan
+            cell = f"{mean:.2f} ({std:.2f})"
+            if label in differences:
+                cell = f"{mean:+.2f} ± {std / len(values) ** 0.5:.2f}"
+            # A single run has no spread.
+            cell = cell.replace(" (nan)", "").replace(" ± nan", "")
+            line += f" {cell:>13} |"
         lines.append(line)
     what = "random splits" if random_splits else "training seeds of one split"
     lines.append(f"\nMean (std) over runs, {what}; differences: mean ± standard error over pairs "
                  "of runs with the same seed. The first six metrics: means over the test slices "
                  "with foreground (paper, Table 1); scan_dice: over all slices of a scan.\n")
-    # A single run has no spread.
-    return "\n".join(lines).replace(" (nan)", "").replace(" ± nan", "")
+    return "\n".join(lines)
 
 
 def save_figure(path, figure):
@@ -1481,16 +1479,16 @@ def predict_volume(image, network, config, name="image"):
     mask = probabilities > config.threshold
     if mask.sum() > mask[..., 1:-1, 1:-1].sum():
         print(f"warning: {name}: foreground at the border of the centre crop; see --crop")
-    volume, size = canonical(image, config.spacing)
-    result = np.zeros_like(volume)       # (X, Y, Z), RAS
+    stored, size = canonical(image, config.spacing)
+    slices = []
     # Undo to_slices, slice by slice.
-    for z in range(volume.shape[2]):
-        plane = center_crop(probabilities[z:z + 1], *size)
-        plane = F.interpolate(plane, size=volume.shape[1::-1], mode="bilinear", antialias=True)
-        result[:, :, z] = plane[0, 0].flip(0).T.numpy()
+    for plane in probabilities.split(1):
+        plane = center_crop(plane, *size)
+        slices.append(F.interpolate(plane, size=stored.shape[2:], mode="bilinear", antialias=True))
+    result = torch.cat(slices)[:, 0].flip(1).numpy().T   # (X, Y, Z), RAS
     ras = nib.orientations.axcodes2ornt("RAS")
-    stored = nib.io_orientation(image.affine)
-    return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, stored))
+    own = nib.io_orientation(image.affine)
+    return nib.apply_orientation(result, nib.orientations.ornt_transform(ras, own))
 
 
 def predict(argv):
@@ -1780,9 +1778,6 @@ def main(argv=None):
     SystemExit 2 with one line `error: ...` for bad input, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # A name that the terminal cannot show is no reason to stop.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if argv and argv[0] == "predict":
             return predict(argv[1:])
@@ -1799,4 +1794,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # A name that the terminal cannot show is no reason to stop.
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()
