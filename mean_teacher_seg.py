@@ -1072,8 +1072,8 @@ def train(config, method, seed, data, after_epoch=None):
     method: one of METHODS; data: from load_data, on the device; after_epoch: called with each
     epoch's row of the history and with the networks, student (and teacher), by name. Continues
     from METHOD-seedS.pt in config.out if it exists; on a CPU, an interrupted run ends bit for bit
-    like an uninterrupted one. -> dict: history (a dict per epoch), test (model -> rows of
-    evaluate), the state_dicts student and teacher. InputError if the files are of another run.
+    like an uninterrupted one. -> dict: history (a dict per epoch), metrics (model -> what evaluate
+    returns), state_dicts of student and teacher. InputError if the files are of another run.
     """
     torch.manual_seed(1_000_000 * seed)                  # decides the initial weights
     device = data["train"].images.device
@@ -1148,14 +1148,14 @@ def start_run(path, config, method, seed, data, models, optimizer):
 
 def save_epoch(run, path, config, models, optimizer, data, finished):
     """Validate (after the last epoch, test as well), and write the checkpoint and the log."""
-    run["test"] = {}
+    run["metrics"] = {}
     for name, model in models.items():
         run[name] = model.state_dict()
         if data["val"].where:
             dice = [row["dice"] for row in evaluate(model, data["val"], config)]
             run["history"][-1][f"val_{name}"] = statistics.fmean(dice)
         if finished and data["test"].where:
-            run["test"][name] = evaluate(model, data["test"], config)
+            run["metrics"][name] = evaluate(model, data["test"], config)
     run.update(finished=finished, optimizer=optimizer.state_dict())
     save_csv(path.with_suffix(".csv"), run["history"])
     content = io.BytesIO()
@@ -1204,7 +1204,7 @@ def load_checkpoint(path):
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         Config(**run["config"])
-        require("test" in run, "it has no test results")
+        require("metrics" in run, "it has no metrics")
         return run
     except Exception as error:
         # Unpickling can raise almost anything.
@@ -1335,7 +1335,7 @@ def report(config, runs, test_slices):
     table = "no test subjects"
     rows = []
     for run in runs:
-        for model, of_slices in run["test"].items():
+        for model, of_slices in run["metrics"].items():
             name = {"method": run["method"], "seed": run["seed"], "model": model}
             rows += [name | row for row in of_slices]
     # The user's matplotlibrc has no influence.
@@ -1358,7 +1358,7 @@ def mean_scores(runs):
     """
     scores = {}
     for run in runs:
-        for model, rows in run["test"].items():
+        for model, rows in run["metrics"].items():
             means = {name: statistics.fmean(row[name] for row in rows) for name in METRICS}
             scan_dice = {row["subject"]: row["scan_dice"] for row in rows}
             means["scan_dice"] = statistics.fmean(scan_dice.values())

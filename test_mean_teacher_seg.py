@@ -1609,7 +1609,7 @@ def test_log_progress_and_checkpoint_hold_what_happened(tmp_path, calls, capsys,
         assert values == pytest.approx(row, nan_ok=True)
     saved = torch.load(tmp_path / f"{method}-seed2.pt", weights_only=True)
     assert (saved["method"], saved["seed"], saved["finished"]) == (method, 2, True)
-    assert [*saved["test"]] == models and saved["test"] == run["test"]
+    assert [*saved["metrics"]] == models and saved["metrics"] == run["metrics"]
     for model in models:                                 # of the last epoch
         assert same(saved[model], run[model]) and same(saved[model], calls[-1].after[model])
 
@@ -1673,7 +1673,7 @@ def test_an_interrupted_command_goes_on_bit_for_bit(study, tmp_path, monkeypatch
         log = read_csv(cut / f"{name}.csv")
         assert [int(row["epoch"]) for row in log] == [*range(1, logged + 1)] and steps == taken
         run = torch.load(cut / f"{name}.pt", weights_only=True)
-        assert (len(run["history"]), run["finished"], run["test"]) == (4, False, {})
+        assert (len(run["history"]), run["finished"], run["metrics"]) == (4, False, {})
         steps.clear()
     (cut / f".{name}.pt.1.part").write_bytes(b"x")       # of a process that was killed
     main(*options, "--out", cut)
@@ -2186,7 +2186,7 @@ def test_predict_reads_a_gpus_checkpoint_and_uses_its_own_device(tmp_path, capsy
     (lambda path, run: torch.save({"state_dict": {}}, path), ""),
     (lambda path, run: torch.save(run | {"history": path}, path), "Unpickl"),    # runs code
     (lambda path, run: torch.save(run | {"config": {"colour": "red"}}, path), "colour"),
-    ("config", "'config'"), ("test", "it has no test results"),
+    ("config", "'config'"), ("metrics", "it has no metrics"),
     (None, "another network than build_network() m")])
 def test_bad_checkpoints_are_refused(finished, tmp_path, capsys, monkeypatch, damage, message):
     path, mask = tmp_path / "out/supervised-seed3.pt", tmp_path / "m.nii"
