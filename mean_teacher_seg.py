@@ -202,7 +202,7 @@ def warp(images, phi):
     matrix[:, 1, 0] *= width / height
     matrix[:, 0, 2] *= 2 / width
     matrix[:, 1, 2] *= 2 / height
-    # Never in bfloat16: its 8 bits are too few for a position among 200 px.
+    # Never in bfloat16: its 8 significant bits are too few for a position among 200 px.
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(matrix, images.shape, align_corners=False)
         return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros",
@@ -220,7 +220,7 @@ def augment(images, phi, noise=0.1):
     ones = torch.ones_like(images[:, :1])
     warped = warp(torch.cat([images, ones], dim=1), phi)         # (B, C + 1, H, W)
     inside = warped[:, -1:] > 0.999
-    # The noise comes after the warp. Before it, interpolation would average neighbouring pixels: a
+    # The noise comes after the warp. Interpolation would average it over neighbouring pixels: a
     # std of 0.1 would shrink to 0.067, on average, and the student would see less noise than the
     # teacher.
     return warped[:, :-1] + noise * torch.randn_like(images), inside
@@ -262,9 +262,9 @@ def update_teacher(student, teacher, alpha):
     """
     # BatchNorm's running mean and variance are buffers, not parameters, and are NOT averaged. They
     # need not be: the teacher runs in train mode on every batch (with Dropout, too) and so keeps
-    # running statistics of its own activations. A teacher in eval mode, which train_step refuses,
-    # would keep the buffers that it was copied with, at mean 0 and variance 1 in a new network.
-    # If you need one, copy the student's buffers here as well, and remove that check.
+    # running statistics of its own activations. A teacher in eval mode would keep the buffers that
+    # it was copied with, at mean 0 and variance 1 in a new network. If you need one, copy the
+    # student's buffers here as well, and remove the check in train_step.
     for theta_teacher, theta in zip(teacher.parameters(), student.parameters(), strict=True):
         theta_teacher.lerp_(theta, 1 - alpha)
 
@@ -284,7 +284,7 @@ def learning_rate_factor(epoch, epochs, ramp):
     epoch: counted from 1. -> float in [0, 1], multiplies eta. In the last epoch it is 0: the
     student's weights no longer change, the teacher's still do. Source: paper, section 3.1.
     """
-    # A training of one epoch would consist of that last one only: no decay there.
+    # In a training of one epoch, the last is also the first: no decay.
     if epoch <= ramp or epochs == 1:
         return ramp_up(epoch, ramp)
     return 0.5 * (1 + math.cos(math.pi * (epoch - ramp) / (epochs - ramp)))
@@ -311,7 +311,7 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
         raise ValueError("student and teacher must be in train mode, see update_teacher: call "
                          ".train() on both after an evaluation, then .eval() on frozen layers")
     if not (masks.min() >= 0 and masks.max() <= 1):
-        raise ValueError(f"masks must be 0 or 1, got {masks.min():g} to {masks.max():g}: make "
+        raise ValueError(f"masks must be in [0, 1], got {masks.min():g} to {masks.max():g}: make "
                          "them binary, for example (masks == 1).float()")
     # Labelled and unlabelled slices go through the networks separately, as in the authors' code.
     # In one pass, BatchNorm would mix both, and unlabelled slices would change the supervised
@@ -344,10 +344,10 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
     optimizer.step()                                                                  # line 8
     t = step + 1                                                                      # line 9
     if teacher is not None:
-        # At first the teacher is the plain mean of all students: alpha is 1/2, 2/3, 3/4, ...
-        # (authors), and 0.99 only at step 99. A constant 0.99 would keep the random first weights
-        # in the teacher for some 100 steps. With the paper's settings, the argument alpha becomes
-        # 0.999 at step 500. At that step 1 - 1/(t + 1) is 0.998; it reaches 0.999 at step 999.
+        # At first the teacher is the plain mean of all students: line 10's alpha is 1/2, 2/3, ...
+        # for t = 1, 2, ... (authors), and 0.99 only at t = 99. A constant 0.99 would keep the
+        # random first weights in the teacher for some 100 steps. In the paper the limit becomes
+        # 0.999 at t = 501, where 1 - 1/(t + 1) is 0.998; the limit is reached at t = 999.
         update_teacher(student, teacher, min(1 - 1 / (t + 1), alpha))                 # line 10
     return {"loss": loss.detach(),
             "dice_loss": loss_dice.detach(),
@@ -355,7 +355,7 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
 
 
 # --- 6. Configuration ----------------------------------------------------------------------------
-# The paper ends here. The rest of the file is what it takes to run it.
+# The method ends here. The rest of the file is what it takes to run it.
 # Every default is the paper's (its section 3.1), except where the text says "authors" or "here".
 # authors: the paper is silent, the value is from the first author's public code for these data
 # (github.com/perone/medicaltorch) or for the follow-up study with the same settings
@@ -399,11 +399,11 @@ class Config:
     contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
     mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks are named as their image, with "
                               "or without _CONTRAST, + _ + one of these + anything (here)")
-    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression of what "
-                        "is removed from a subject's name (BIDS: its folder; Decathlon: the scan) "
-                        "to get the individual, whose scans stay in one set (here)")
-    negative_slices: str = option("drop", "training slices without foreground: keep them if "
-                                  "similar tissue goes on where the structure ends (here)",
+    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression: what is "
+                        "removed from a subject's name (BIDS: its folder; Decathlon: the scan) to "
+                        "get the individual. All scans of an individual are in one set (here)")
+    negative_slices: str = option("drop", "training slices without foreground; keep: if "
+                                  "similar tissue continues beyond the structure (here)",
                                   choices=["drop", "keep"])
     split: tuple = option((2, 2, 3), "subjects per site (BIDS, Decathlon: one site) to "
                           "train, validate, test, drawn at random")
@@ -416,14 +416,14 @@ class Config:
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
     # Optimisation. Pairs are (supervised, both methods with a teacher); one number is for all.
-    epochs: tuple = option((1600, 350), "number of epochs", 1)
+    epochs: tuple = option((1600, 350), "number of epochs: supervised, with a teacher", 1)
     steps: int = option(0, "steps of the whole training, split evenly over the epochs; 0: "
                         "an epoch is one pass over the labelled slices, in whole batches")
     batch: int = option(8, "labelled slices in a mini-batch", 1)
     unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
     lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
     lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
-    weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam")
+    weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam, as --epochs")
     # Mean teacher
     # The Dice gradient of one pixel is about 1 / (foreground pixels), the consistency gradient
     # w / (all pixels). The second divided by the first is w times the foreground's share of the
@@ -441,7 +441,7 @@ class Config:
                                "input, as the student's (paper, section 2.1)",
                                choices=["delayed", "same"])
     confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below this "
-                               "(0: none); did not help (paper, section 2)", 0, 1)
+                               "(up to 0.5: none); did not help (paper, section 2)", 0, 1)
     # Augmentation
     degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
     translation: float = option(0.0, "translation, uniform in +- this many px (here)")
@@ -466,7 +466,7 @@ class Config:
         require(self.crop % 8 == 0, f"--crop {self.crop}: must be a multiple of 8")
         require(len(self.split) == 3, f"--split {self.split}: expected three numbers")
         require(max(len(self.epochs), len(self.weight_decay)) < 3,
-                "--epochs and --weight-decay: expected one number, or two for the two methods")
+                "--epochs and --weight-decay: expected one number, or two (see --help)")
         try:
             re.compile(self.visit)
         except re.error as error:
@@ -523,7 +523,7 @@ def list_nifti(folder):
     """All NIfTI files below a folder. -> dict: folder below it -> name without ending -> Path
 
     Follows links, skips hidden files. A broken link to a file is listed: reading it reports its
-    name. One to a folder is an InputError, as its scans would be missing in silence.
+    name. A broken link to a folder is an InputError: its scans would be missed.
     """
     def stop(error):
         raise error
@@ -534,7 +534,7 @@ def list_nifti(folder):
         files = {}
         for name in sorted(names):
             path = Path(parent, name)
-            # os.walk lists a broken link to a folder as a file; such names have no dot.
+            # os.walk lists a broken link to a folder as a file; folders usually have no dot.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
             match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
             if match:
@@ -548,7 +548,7 @@ def find_masks(tree, folder, patterns, image):
     """The files in one folder of the tree whose names match. -> dict: name -> Path
 
     patterns: regular expressions, the preferred one first. Prints a note if several files match,
-    or none of those that are there.
+    or if there are files but none matches.
     """
     files = tree.get(folder, {})
     masks = {}
@@ -559,8 +559,8 @@ def find_masks(tree, folder, patterns, image):
     if len(masks) > 1:
         note_once("where several masks match --mask-name, the first is used", list(masks))
     if files and not masks:
-        note_once("scans count as unlabelled if no file in the folder of the masks has the name "
-                  "of a mask (--mask-name, --rater)",
+        note_once("scans count as unlabelled if the folder of masks has no file with a matching "
+                  "name (--mask-name, --rater)",
                   f"{image}; looked for {' or '.join(patterns)} in {folder}")
     return masks
 
@@ -636,7 +636,7 @@ def assign_roles(scans, config):
     """What each individual is used for. -> dict: individual -> train, val, test or unlabelled
 
     Named by --train, --val, --test and --unlabelled; without --train, train, val and test are
-    drawn at random from the others with masks. InputError for names that do not fit, and too few.
+    drawn at random from the others with masks. InputError for wrong names or too few subjects.
     """
     labelled = [scan for scan in scans if scan.masks]
     require(labelled, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
@@ -673,10 +673,10 @@ def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
     Every individual has one role, so that no other visit of a test subject is ever trained on.
-    Left are the scans of individuals without a role, and of training subjects those without a
-    mask. The unlabelled set is, with --unlabelled, the scans of these individuals; with --train,
-    all that are left; with a random split, those left that have no mask, or if there are none,
-    all that are left.
+    Left over: scans of individuals without a role, and scans without a mask of training subjects.
+    The unlabelled set is, with --unlabelled, the scans of these individuals; with --train,
+    all that are left over; with a random split, those of them that have no mask, or if there are
+    none, all.
     """
     roles = assign_roles(scans, config)
     sets = {"train": [], "val": [], "test": [], "unlabelled": []}
@@ -709,6 +709,9 @@ def load_nifti(path, spacing):
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         # (X, Y, Z, 1) is three-dimensional.
         image = nib.squeeze_image(image)
+        unit = image.header.get_xyzt_units()[0]
+        # predict() copies it.
+        image.get_qform()
         dtype = image.get_data_dtype()
         require(dtype.kind in "biuf", f"{path}: {dtype} voxels, expected one real number each; "
                                       "convert it (complex: take the magnitude)")
@@ -722,7 +725,6 @@ def load_nifti(path, spacing):
     require(len(image.shape) == 3 and volume.size, f"{path}: {image.shape} voxels, expected three "
                                                    "dimensions; save one volume of it")
     require(np.isfinite(volume).all(), f"{path}: NaN or infinite voxels; replace them")
-    unit = image.header.get_xyzt_units()[0]
     require(unit in ("mm", "unknown"), f"{path}: voxel sizes in {unit}, expected mm; convert it")
     sizes = nib.affines.voxel_sizes(image.affine)
     zooms = np.array(image.header.get_zooms())
@@ -792,7 +794,7 @@ def canonical(image, spacing):
 def center_crop(slices, height, width):
     """Crop (N, 1, H, W) around its centre, or pad it with 0, to (N, 1, height, width).
 
-    A second call with the old size removes the padding, or pads a crop to its old position.
+    A second call with the old size removes the padding, or puts a crop back in its place.
     """
     taller = slices.shape[2] - height
     wider = slices.shape[3] - width
@@ -844,8 +846,8 @@ def read_scan(scan, config, role):
     """The slices of one scan, for the set `role` -> Slices. See load_data.
 
     Slices without contrast are dropped and, from a training scan, those without foreground (the
-    paper's counts of slices fit that), unless --negative-slices keep. The masks of an unlabelled
-    scan are not even opened.
+    paper's counts of slices fit that), unless --negative-slices keep. A labelled scan without any
+    foreground is left out whole. The masks of an unlabelled scan are not even opened.
     """
     image, checksum = load_nifti(scan.image, config.spacing)
     images = read_images(image, config)
@@ -860,7 +862,6 @@ def read_scan(scan, config, role):
         masks = center_crop(masks, config.crop, config.crop)
         positive = keep & masks.flatten(1).any(1)
         keep_negative = role != "train" or config.negative_slices == "keep"
-        # A scan without any positive slice is left out whole.
         if not keep_negative or not positive.any():
             keep = positive
         masks = masks[keep]
@@ -875,7 +876,8 @@ def warn_if_cropped(path, mask, config):
     """Print a warning if more than 1 % of a mask's foreground is outside the centre crop."""
     slices, size = canonical(mask, config.spacing)
     # The crop in voxels
-    height, width = np.rint(np.multiply(slices.shape[2:], config.crop) / size).astype(int)
+    crop = np.rint(np.multiply(slices.shape[2:], config.crop) / size).astype(int)
+    height, width = np.minimum(crop, slices.shape[2:])
     total = slices.sum().item()
     outside = total - center_crop(slices, height, width).sum().item()
     if outside > 0.01 * total:
@@ -988,7 +990,7 @@ def evaluate(model, slices, config):
 # --- 9. The training loop ------------------------------------------------------------------------
 # A run is one method, trained with one seed. In memory it is a dict, on disk a checkpoint.
 # Methods: "supervised" has no teacher. "mean_teacher" is the paper's. "no_consistency" is the same
-# with w = 0: what remains of the gain without the consistency loss.
+# with w = 0: it shows what the mean teacher gains without its consistency loss.
 
 def build_network(config):
     """The one place where the network is built: put your own here, one channel in and one out."""
@@ -1213,7 +1215,7 @@ def load_checkpoint(path):
 
 
 def check_run(path, run, config, data):
-    """InputError if a checkpoint is of other settings or (data: not None) of other scans."""
+    """InputError if a checkpoint is of other settings or, if data is given, of other scans."""
     changed = run["config"].items() ^ vars(config).items()
     if data:
         changed |= run["scans"].items() ^ scan_checksums(data).items()
@@ -1341,8 +1343,9 @@ def report(config, runs, test_slices):
     # The user's matplotlibrc has no influence.
     with matplotlib.style.context("default"):
         save_figure(out / "curves.png", draw_curves(runs))
-        if rows:
+        if test_slices.where:
             save_figure(out / "examples.png", draw_examples(config, runs, test_slices))
+        if rows:
             save_csv(out / "metrics.csv", rows)
             random_splits = config.split_seed == -1 and not config.train
             table = make_table(scores, differences, random_splits)
@@ -1785,7 +1788,7 @@ def main(argv=None):
         if preset == "paper" and pick_device(config.device).type == "cpu":
             print("note: the paper's settings take days on a CPU; --preset demo takes minutes")
         return experiment(config)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

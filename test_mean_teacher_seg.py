@@ -689,9 +689,9 @@ def test_a_frozen_layer_stays_frozen_in_student_and_teacher():
 @pytest.mark.parametrize("damage, message", [
     (lambda student, teacher, masks: student.eval(), r"train mode.*\.train\(\)"),
     (lambda student, teacher, masks: teacher.eval(), r"train mode.*\.train\(\)"),
-    (lambda student, teacher, masks: masks.mul_(255), "masks must be 0 or 1, got 0 to 255"),
-    (lambda student, teacher, masks: masks.sub_(1.5), "masks must be 0 or 1, got -1.5 to -0.5"),
-    (lambda student, teacher, masks: masks.add_(math.nan), "masks must be 0 or 1, got nan")])
+    (lambda student, teacher, masks: masks.mul_(255), "masks must be in .0, 1., got 0 to 255"),
+    (lambda student, teacher, masks: masks.sub_(1.5), "masks must be in .0, 1., got -1.5 to -0.5"),
+    (lambda student, teacher, masks: masks.add_(math.nan), "masks must be in .0, 1., got nan")])
 def test_a_step_refuses_eval_mode_and_masks_outside_0_to_1(damage, message):
     student, teacher, optimizer = networks()
     images, masks, unlabelled = batch()
