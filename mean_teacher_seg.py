@@ -411,7 +411,8 @@ class Config:
     train: tuple = option((), "training subjects by name, with all visits, instead of --split")
     val: tuple = option((), "validation subjects by name; may stay empty")
     test: tuple = option((), "test subjects by name; if not given with --train, there is no test")
-    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left")
+    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left "
+                               "(with --split, of those without a mask, if there are any)")
     # Network
     width: int = option(64, "channels of the first block (authors)", 1)
     dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
@@ -898,7 +899,8 @@ def load_data(config, device="cpu"):
     print(f"{folder}: {len(scans)} scans, {sum(bool(scan.masks) for scan in scans)} with masks")
     data = {}
     faults = []
-    for role, members in split_scans(scans, config).items():
+    sets = split_scans(scans, config)
+    for role, members in sets.items():
         nothing = torch.zeros(0, 1, config.crop, config.crop)
         images = [nothing]
         masks = [nothing]
@@ -921,6 +923,9 @@ def load_data(config, device="cpu"):
             where,
             checksums)
         print(f"{role:>10}: {len(where):4d} slices of {len(members):2d} scans")
+    unused = len(scans) - sum(len(members) for members in sets.values())
+    if unused:
+        print(f"{unused} scans are in no set, see --help on --split and --unlabelled")
     require(not faults, "; ".join(faults))
     require(data["train"].where, f"{folder}: no slices to train with; check --split, --crop and "
                                  "--label")
@@ -1481,7 +1486,8 @@ def predict_volume(image, network, config, name="image"):
     probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)
     mask = probabilities > config.threshold
     if mask.sum() > mask[..., 1:-1, 1:-1].sum():
-        print(f"warning: {name}: foreground at the border of the centre crop; see --crop")
+        print(f"warning: {name}: foreground at the border of the centre crop; if the "
+              "structure goes on, give a larger --crop")
     stored, size = canonical(image, config.spacing)
     slices = []
     # Undo to_slices, slice by slice.

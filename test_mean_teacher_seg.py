@@ -1834,6 +1834,12 @@ def test_differences_are_of_the_runs_with_the_same_seed():
         "no_consistency, teacher": row({7: 98.0}), "no_consistency, student": row({5: 3.0})})
     # Seeds 7 and 10 have no partner; no run of BatchNorm's has one.
     assert found == {"gain": row({0: 3.0, 1: 1.0, 2: 5.0}), "+ consistency loss": row({7: 1.0})}
+    # The Dice of a scan counts once, however many slices it has.
+    slices = [dict.fromkeys(mt.COLUMNS, 60.0) | {"subject": name, "scan_dice": dice}
+              for name, dice in (("a", 90.0), ("a", 90.0), ("a", 90.0), ("b", 50.0))]
+    runs = [{"method": "supervised", "seed": 3, "metrics": {"student": slices}}]
+    assert mt.mean_scores(runs) == {
+        "supervised, student": {3: dict.fromkeys(mt.METRICS, 60.0) | {"scan_dice": 70.0}}}
     table = mt.make_table({}, found, random_splits=True)
     # 3, 1, 5: mean 3, std 2, standard error 2 / sqrt(3)
     assert table.count("  +3.00 ± 1.15 |") == 7 == table.count("         +1.00 |")
@@ -1857,6 +1863,12 @@ def test_more_runs_join_the_folder_and_its_report(finished, tmp_path, monkeypatc
     assert "| supervised, student     |    3 |" in more["table"]
     assert (more["scores"]["supervised, student"].items() >=
             result["scores"]["supervised, student"].items())
+
+
+def test_named_subjects_are_one_split_whatever_the_split_seed(study, tmp_path):
+    result = main(*arguments(data=study, out=tmp_path, split_seed=-1, method="supervised", runs=2),
+                  "--train", "site1-sc01", "--test", "site1-sc02")
+    assert "runs, training seeds of one split;" in result["table"]
 
 
 def test_training_subjects_alone_give_no_test(study, tmp_path):
@@ -2042,7 +2054,8 @@ def test_predict_is_on_the_scans_own_grid(tmp_path, capsys, monkeypatch, axes, s
     scan, output = tmp_path / "i.nii.gz", tmp_path / "m.nii.gz"
     command = ["predict", scan, "--checkpoint", checkpoint, "--output", output, "--overwrite"]
     # To the right of and behind the centre, about (50, 60), by 4 and 7 mm, by 10 and by 25 mm
-    for left, back, border in ((54, 47, False), (54, 42, True), (62, 22, False)):
+    # and to the right by 14 mm: at the left border of the crop
+    for left, back, border in ((54, 47, False), (54, 42, True), (62, 22, False), (63, 58, True)):
         volume = np.random.default_rng(0).uniform(0, 10, (*size, 3)).astype(np.float32)
         volume[left:left + 5, back:back + 5, 1] = 200.0
         image = nib.Nifti1Image(volume, moved(0.07, 9, 5, 1) @ np.diag([0.7, 0.7, 4, 1]))
@@ -2053,7 +2066,7 @@ def test_predict_is_on_the_scans_own_grid(tmp_path, capsys, monkeypatch, axes, s
         found, expected = mask.get_fdata(), image.get_fdata() > 50
         assert np.allclose(mask.affine, image.affine, atol=1e-5) and not (found > expected).any()
         assert (found == expected).all() == (back == 47) and found.any() == (back != 22)
-        warning = f"warning: {scan}: foreground at the border of the centre crop; see --crop\n"
+        warning = f"warning: {scan}: foreground at the border of the centre crop; if the structure"
         assert (warning in printed) == ("warning" in printed) == border
         assert printed.endswith(f"{output}: {found.sum():.0f} voxels of foreground inside the "
                                 f"centre crop of {crop} px of {spacing} mm\n")
