@@ -927,8 +927,10 @@ def load_data(config, device="cpu"):
     if unused:
         print(f"{unused} scans are in no set, see --help on --split and --unlabelled")
     require(not faults, "; ".join(faults))
-    require(data["train"].where, f"{folder}: no slices to train with; check --split, --crop and "
-                                 "--label")
+    for role in ("train", "test"):
+        # A test set is not needed.
+        require(data[role].where or role == "test" and not sets[role],
+                f"{folder}: no foreground in the {role} set; check --split, --crop and --label")
     if config.method != ("supervised",) and not data["unlabelled"].where:
         print("warning: no unlabelled slices: the mean teacher trains on the labelled ones alone")
     return data
@@ -984,7 +986,7 @@ def evaluate(model, slices, config):
             row = {"site": site, "subject": scan, "slice": z}
             for name in METRICS:
                 row[name] = metrics[name][k].item()
-            its_slices = [name == scan for _, name, _ in slices.where]
+            its_slices = [other == scan for _, other, _ in slices.where]
             whole = segmentation_metrics(predictions[its_slices].flatten()[None],
                                          slices.masks[its_slices].flatten()[None])
             row["scan_dice"] = whole["dice"].item()
@@ -1095,7 +1097,7 @@ def train(config, method, seed, data, after_epoch=None):
     n_labelled = min(config.batch, n_slices)
     n_unlabelled = config.unlabelled_batch if teacher and data["unlabelled"].where else 0
     epochs = config.epochs[-1 if teacher else 0]
-    # Without --steps, an epoch is one pass over the labelled slices.
+    # Without --steps, an epoch is one pass over the labelled slices, in whole batches.
     steps = config.steps or epochs * (n_slices // n_labelled)
     epochs = min(epochs, steps)
     print(f"{method}, seed {seed}: {steps} steps in {epochs} epochs, {n_labelled} labelled + "
@@ -1210,8 +1212,12 @@ def load_checkpoint(path):
     """Read what train() saved; no code in it is run. -> dict; InputError for other files"""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
+        other = sorted(run["config"].keys() ^ vars(DEMO).keys())
+        require(not other, f"its settings differ in {other}")
         Config(**run["config"])
-        require("metrics" in run, "it has no metrics")
+        parts = {"scans", "method", "seed", "history", "finished", "metrics", "student",
+                 "optimizer"}
+        require(parts <= run.keys(), f"it has no {sorted(parts - run.keys())}")
         return run
     except Exception as error:
         # Unpickling can raise almost anything.
@@ -1220,7 +1226,9 @@ def load_checkpoint(path):
 
 
 def check_run(path, run, config, data):
-    """InputError if a checkpoint is of other settings or, if data is given, of other scans."""
+    """InputError if a checkpoint has another name, other settings or, with data, other scans."""
+    require(path.stem == f"{run['method']}-seed{run['seed']}",
+            f"{path}: holds {run['method']}, seed {run['seed']}; rename it")
     changed = run["config"].items() ^ vars(config).items()
     if data:
         changed |= run["scans"].items() ^ scan_checksums(data).items()
@@ -1343,8 +1351,8 @@ def report(config, runs, test_slices):
     rows = []
     for run in runs:
         for model, of_slices in run["metrics"].items():
-            name = {"method": run["method"], "seed": run["seed"], "model": model}
-            rows += [name | row for row in of_slices]
+            first_columns = {"method": run["method"], "seed": run["seed"], "model": model}
+            rows += [first_columns | row for row in of_slices]
     # The user's matplotlibrc has no influence.
     with matplotlib.style.context("default"):
         save_figure(out / "curves.png", draw_curves(runs))

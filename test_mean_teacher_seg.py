@@ -1815,7 +1815,7 @@ def test_the_table_is_mean_and_std_over_runs_and_paired_differences_that_add_up(
             cells.append(f"{(one + other) / 2:+.2f} ± {abs(one - other) / 2:.2f}")
         expected.append([name, "2", *cells])
     gain, *others = (result["differences"][name][3]["dice"] for name in parts)
-    assert gain == pytest.approx(sum(others)) and abs(gain) > 0.01
+    assert gain == pytest.approx(sum(others)) and abs(gain) > 0.05
     lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
     rows = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")]
     assert [rows[0], *rows[2:]] == expected
@@ -1921,7 +1921,10 @@ OTHER = "seed[34].pt: was trained with another "
     (lambda data, out: write_scgm(data, (12,)), "", f"{OTHER}unlabelled site1-sc12; give"),
     (lambda data, out: shutil.rmtree(data / "test"), "", f"{OTHER}unlabelled site1-sc11; give"),
     (lambda data, out: None, "--noise 1 --lr 0.5", f"{OTHER}lr, noise; .*"
-     "give another --out, or delete .*out to start again")])
+     "give another --out, or delete .*out to start again"),
+    *[(lambda data, out, name=name: shutil.copy(out / "mean_teacher-seed4.pt", out / name), "",
+       f"{name}: holds mean_teacher, seed 4; rename it")
+      for name in ("supervised-seed4.pt", "mean_teacher-seed7.pt")]])
 def test_other_runs_do_not_join(finished, tmp_path, capsys, monkeypatch, change, options, message):
     out = shutil.copytree(finished[1], tmp_path / "out")
     data = shutil.copytree(finished[1].parent / "data", tmp_path / "data")
@@ -2053,8 +2056,7 @@ def test_predict_is_on_the_scans_own_grid(tmp_path, capsys, monkeypatch, axes, s
     checkpoint = bright_run(tmp_path, monkeypatch, spacing=spacing, crop=crop)
     scan, output = tmp_path / "i.nii.gz", tmp_path / "m.nii.gz"
     command = ["predict", scan, "--checkpoint", checkpoint, "--output", output, "--overwrite"]
-    # To the right of and behind the centre, about (50, 60), by 4 and 7 mm, by 10 and by 25 mm
-    # and to the right by 14 mm: at the left border of the crop
+    # Right of and behind the centre (50, 60): inside, at the back border, outside, at the right one
     for left, back, border in ((54, 47, False), (54, 42, True), (62, 22, False), (63, 58, True)):
         volume = np.random.default_rng(0).uniform(0, 10, (*size, 3)).astype(np.float32)
         volume[left:left + 5, back:back + 5, 1] = 200.0
@@ -2199,7 +2201,8 @@ def test_predict_reads_a_gpus_checkpoint_and_uses_its_own_device(tmp_path, capsy
     (lambda path, run: torch.save({"state_dict": {}}, path), ""),
     (lambda path, run: torch.save(run | {"history": path}, path), "Unpickl"),    # runs code
     (lambda path, run: torch.save(run | {"config": {"colour": "red"}}, path), "colour"),
-    ("config", "'config'"), ("metrics", "it has no metrics"),
+    *[(part, f"'{part}'") for part in ("config", "scans", "method", "seed", "history", "finished",
+                                       "metrics", "student", "optimizer", "visit")],
     (None, "another network than build_network() m")])
 def test_bad_checkpoints_are_refused(finished, tmp_path, capsys, monkeypatch, damage, message):
     path, mask = tmp_path / "out/supervised-seed3.pt", tmp_path / "m.nii"
@@ -2394,6 +2397,8 @@ BAD = [
      "data: no scan has a mask...NAME-mask-r2...derivatives/labels...x (--mask-name)...labelsTr"),
     (lambda data, out: shutil.copytree(data / "training", data / "x"), "",
      "x/site1-sc01-image.nii.gz: another...site1-sc01; rename one"),
+    (lambda data, out: write_nifti(data / "training/site1-sc02-mask-r4.nii.gz", np.zeros(SHAPE)),
+     "--train site1-sc01 --test site1-sc02", "data: no foreground in the test set...--label"),
     (lambda data, out: out.write_text("x"), "", "out'"),
     (lambda data, out: out.symlink_to("gone"), "", "out'"),
     (lambda data, out: (out / "supervised-seed0.csv").mkdir(parents=True), "", "seed0.csv'"),
@@ -2408,8 +2413,8 @@ BAD = [
         "--visit (": "--visit (: not a reg", "--split 2 2": "--split (2, 2): expected three",
         "--epochs 1 2 3": "--epochs and --weight-decay: expected one number, or two",
         "--weight-decay 1 2 3": "--epochs and --weight-decay: expected one number, or two",
-        "--label 7 9": "no slices to train with; check --split, --crop and --label",
-        "--split 0 0 1": "no slices to train with; check --split, --crop and --label",
+        "--label 7 9": "no foreground in the train set; check --split, --crop and --label",
+        "--split 0 0 1": "no foreground in the train set; check --split, --crop and --label",
         "--device abacus": "--device abacus: not available"}.items()]]
 
 
