@@ -2056,7 +2056,7 @@ def test_predict_is_on_the_scans_own_grid(tmp_path, capsys, monkeypatch, axes, s
     checkpoint = bright_run(tmp_path, monkeypatch, spacing=spacing, crop=crop)
     scan, output = tmp_path / "i.nii.gz", tmp_path / "m.nii.gz"
     command = ["predict", scan, "--checkpoint", checkpoint, "--output", output, "--overwrite"]
-    # Right of and behind the centre (50, 60): inside, at the back border, outside, at the right one
+    # Right of and behind the centre (50, 60): inside, at the back border, outside, at the right
     for left, back, border in ((54, 47, False), (54, 42, True), (62, 22, False), (63, 58, True)):
         volume = np.random.default_rng(0).uniform(0, 10, (*size, 3)).astype(np.float32)
         volume[left:left + 5, back:back + 5, 1] = 200.0
