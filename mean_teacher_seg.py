@@ -41,6 +41,7 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -363,6 +364,13 @@ def train_step(student, teacher, optimizer, images, masks, unlabelled, step, wei
 # here: our choice. Every field is an option of the command line.
 
 METHODS = ("supervised", "no_consistency", "mean_teacher")
+# Settings are at least 0, except for these:
+MINIMUM = {"runs": 1, "spacing": 0.02, "crop": 16, "label": 1, "split_seed": -1, "width": 1,
+           "epochs": 1, "batch": 1, "lr": 1e-9, "validate_every": 1}
+MAXIMUM = {"crop": 2048, "dropout": 1, "alpha": 1, "alpha_late": 1, "confidence": 1, "scale": 0.9,
+           "threshold": 1}
+CHOICES = {"method": METHODS, "rater": tuple("1234"), "negative_slices": ("drop", "keep"),
+           "consistency": ("bce", "mse"), "augmentation": ("delayed", "same")}
 
 
 class InputError(Exception):
@@ -374,96 +382,101 @@ def require(condition, message):
         raise InputError(message)
 
 
-def option(default, help_text, least=0, most=1e9, choices=None):
-    metadata = {"help": help_text, "range": (least, most), "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The paper's experiment. dataclasses.replace() makes a variant of it."""
+    """The paper's experiment. dataclasses.replace() makes a variant of it.
+
+    Each comment beside a setting is also the text of its option in --help.
+    """
     # What to run
-    data: str = option("", "folder of scans, SCGM, BIDS or Decathlon; if not given, the phantom")
-    out: str = option("", "folder for the results; if not given, runs/PRESET-DATA")
-    method: tuple = option(METHODS, "supervised: on the masks alone; mean_teacher: the paper's; "
-                           "no_consistency: the same with w = 0 (here)",
-                           choices=METHODS)
-    runs: int = option(1, "runs per method, with seeds SEED, SEED + 1, ... (here; paper: 10)", 1)
-    seed: int = option(0, "seed of the first run: weights, batches, augmentation")
-    device: str = option("auto", "cuda, mps, cpu or auto")
+
+    data: str = ""               # folder of scans, SCGM, BIDS or Decathlon; if not given, the
+                                 # phantom
+    out: str = ""                # folder for the results; if not given, runs/PRESET-DATA
+    method: tuple = METHODS      # supervised: on the masks alone; mean_teacher: the paper's;
+                                 # no_consistency: the same with w = 0 (here)
+    runs: int = 1                # runs per method, seeds SEED, SEED + 1, ... (here; paper: 10)
+    seed: int = 0                # seed of the first run: weights, batches, augmentation
+    device: str = "auto"         # cuda, mps, cpu or auto
+
     # Data: 8 training, 8 validation, 12 test subjects, 40 unlabelled
-    spacing: float = option(0.25, "in-plane pixel size after resampling, mm", 0.02)
-    crop: int = option(200, "side of the centre crop, px, a multiple of 8 (authors)", 16, 2048)
-    label: tuple = option((1,), "mask values that are foreground (authors: 1, grey)")
-    rater: str = option("4", "SCGM: rater of the masks (authors)", choices=["1", "2", "3", "4"])
-    contrast: tuple = option(("T2star", "T2starw"), "BIDS: images are NAME_ + one of these (here)")
-    mask_name: tuple = option(("gmseg", "label-GM"), "BIDS: masks are named as their image, with "
-                              "or without _CONTRAST, + _ + one of these + anything (here)")
-    visit: str = option(r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+", "regular expression: what is "
-                        "removed from a subject's name (BIDS: its folder; Decathlon: the scan) to "
-                        "get the individual. All scans of an individual are in one set (here)")
-    negative_slices: str = option("drop", "training slices without foreground; keep: if "
-                                  "similar tissue continues beyond the structure (here)",
-                                  choices=["drop", "keep"])
-    split: tuple = option((2, 2, 3), "subjects per site (BIDS, Decathlon: one site) to "
-                          "train, validate, test, drawn at random")
-    split_seed: int = option(0, "seed of the random split; -1: each run's own seed", -1)
-    train: tuple = option((), "training subjects by name, with all visits, instead of --split")
-    val: tuple = option((), "validation subjects by name; may stay empty")
-    test: tuple = option((), "test subjects by name; if not given with --train, there is no test")
-    unlabelled: tuple = option((), "unlabelled subjects by name, instead of all that are left "
-                               "(with --split, of those without a mask, if there are any)")
+
+    spacing: float = 0.25        # in-plane pixel size after resampling, mm
+    crop: int = 200              # side of the centre crop, px, a multiple of 8 (authors)
+    label: tuple = (1,)          # mask values that are foreground (authors: 1, grey matter)
+    rater: str = "4"             # SCGM: rater of the masks (authors)
+    contrast: tuple = ("T2star", "T2starw")      # BIDS: images are NAME_ + one of these (here)
+    mask_name: tuple = ("gmseg", "label-GM")     # BIDS: masks are named as their image, with or
+                                 # without _CONTRAST, + _ + one of these + anything (here)
+    visit: str = r"_(ses|run)-[A-Za-z0-9]+|Ses\d+|_frame\d+"      # regular expression: what is
+                                 # removed from a subject's name (BIDS: its folder; Decathlon: the
+                                 # scan) to get the individual, whose scans are in one set (here)
+    negative_slices: str = "drop"                # training slices without foreground; keep: if
+                                 # similar tissue continues beyond the structure (here)
+    split: tuple = (2, 2, 3)     # subjects per site (BIDS, Decathlon: one site) to train,
+                                 # validate and test, drawn at random
+    split_seed: int = 0          # seed of the random split; -1: each run's own seed
+    train: tuple = ()            # training subjects by name, instead of --split
+    val: tuple = ()              # validation subjects by name; may stay empty
+    test: tuple = ()             # test subjects by name; may stay empty: then there is no test
+
     # Network
-    width: int = option(64, "channels of the first block (authors)", 1)
-    dropout: float = option(0.5, "rate of Dropout2d after every block convolution", 0, 1)
+
+    width: int = 64              # channels of the first block (authors)
+    dropout: float = 0.5         # rate of Dropout2d after every block convolution
+
     # Optimisation. Pairs are (supervised, both methods with a teacher); one number is for all.
-    epochs: tuple = option((1600, 350), "number of epochs: supervised, with a teacher", 1)
-    steps: int = option(0, "steps of the whole training, split evenly over the epochs; 0: "
-                        "an epoch is one pass over the labelled slices, in whole batches")
-    batch: int = option(8, "labelled slices in a mini-batch", 1)
-    unlabelled_batch: int = option(8, "unlabelled slices in a mini-batch (authors); 0: none")
-    lr: float = option(6e-4, "eta, Adam's peak learning rate", 1e-9)
-    lr_ramp: int = option(50, "epochs of learning-rate ramp-up, before the cosine")
-    weight_decay: tuple = option((8e-4, 6e-4), "lambda, L2 penalty inside Adam, as --epochs")
-    # Mean teacher
-    # The Dice gradient of one pixel is about 1 / (foreground pixels), the consistency gradient
-    # w / (all pixels). The second divided by the first is w times the foreground's share of the
-    # image, which is about 0.3 % in the paper (estimated from Table 1). Where it is larger, the
-    # same w is stronger: tune w on validation subjects.
-    consistency_weight: float = option(2.9, "w, weight of the consistency loss after its ramp-up")
-    consistency_ramp: int = option(100, "epochs of the ramp-up of w")
-    alpha: float = option(0.99, "decay of the moving average (EMA) at first: a memory "
-                          "of 1/(1-alpha) steps", 0, 1)
-    alpha_late: float = option(0.999, "EMA decay later, when the student changes slowly", 0, 1)
-    alpha_epochs: int = option(50, "epochs with --alpha, before --alpha-late")
-    consistency: str = option("bce", "loss between student and teacher; mse was worse (paper, "
-                              "section 2)", choices=["bce", "mse"])
-    augmentation: str = option("delayed", "delayed: warp the teacher's output; same: warp its "
-                               "input, as the student's (paper, section 2.1)",
-                               choices=["delayed", "same"])
-    confidence: float = option(0.0, "ignore pixels where the teacher's max(y, 1-y) is below this "
-                               "(up to 0.5: none); did not help (paper, section 2)", 0, 1)
+
+    epochs: tuple = (1600, 350)  # number of epochs: supervised, with a teacher
+    steps: int = 0               # steps of the whole training, split evenly over the epochs; 0:
+                                 # an epoch is one pass over the labelled slices, in whole batches
+    batch: int = 8               # labelled slices in a mini-batch
+    unlabelled_batch: int = 8    # unlabelled slices in a mini-batch (authors); 0: none
+    lr: float = 6e-4             # eta, Adam's peak learning rate
+    lr_ramp: int = 50            # epochs of learning-rate ramp-up, before the cosine
+    weight_decay: tuple = (8e-4, 6e-4)           # lambda, L2 penalty inside Adam, as --epochs
+
+    # Mean teacher. The Dice gradient of one pixel is about 1 / (foreground pixels), the
+    # consistency gradient w / (all pixels). The second divided by the first is w times the
+    # foreground's share of the image, which is about 0.3 % in the paper (estimated from Table 1).
+    # Where it is larger, the same w is stronger: tune w on validation subjects.
+
+    consistency_weight: float = 2.9              # w, weight of the consistency loss after its ramp
+    consistency_ramp: int = 100  # epochs of the ramp-up of w
+    alpha: float = 0.99          # EMA decay at first: a memory of 1/(1-alpha) steps
+    alpha_late: float = 0.999    # EMA decay later, when the student changes slowly
+    alpha_epochs: int = 50       # epochs with --alpha, before --alpha-late
+    consistency: str = "bce"     # loss between student and teacher; mse was worse (paper, section
+                                 # 2)
+    augmentation: str = "delayed"                # delayed: warp the teacher's output; same: warp
+                                 # its input, as the student's (paper, section 2.1)
+    confidence: float = 0.0      # ignore pixels where the teacher's max(y, 1-y) is below this (up
+                                 # to 0.5: none); did not help (paper, section 2)
+
     # Augmentation
-    degrees: float = option(4.5, "rotation, uniform in +- this many degrees")
-    translation: float = option(0.0, "translation, uniform in +- this many px (here)")
-    scale: float = option(0.0, "scale, uniform in 1 +- this (here)", 0, 0.9)
-    noise: float = option(0.1, "std of the added Gaussian noise; the paper's variance is 0.01")
+
+    degrees: float = 4.5         # rotation, uniform in +- this many degrees
+    translation: float = 0.0     # translation, uniform in +- this many px (here)
+    scale: float = 0.0           # scale, uniform in 1 +- this (here)
+    noise: float = 0.1           # std of the added Gaussian noise; the paper's variance is 0.01
+
     # Evaluation
-    threshold: float = option(0.5, "probability above which a pixel is foreground (here)", 0, 1)
-    validate_every: int = option(10, "epochs between two validations and checkpoints (here)", 1)
+
+    threshold: float = 0.5       # probability above which a pixel is foreground (here)
+    validate_every: int = 10     # epochs between two validations and checkpoints (here)
 
     def __post_init__(self):
         """InputError if a value is out of its range, or if values do not fit each other."""
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            least, most = field.metadata["range"]
+        for name, values in vars(self).items():
+            least = MINIMUM.get(name, 0)
+            most = MAXIMUM.get(name, 1e9)
             for value in values if isinstance(values, tuple) else (values,):
-                given = f"--{field.name.replace('_', '-')} {value}"
+                option = f"--{name.replace('_', '-')} {value}"
+                choices = CHOICES.get(name, [value])
                 # NaN fails too
                 require(isinstance(value, str) or least <= value <= most,
-                        f"{given}: must be {least:g} to {most:g}")
-                choices = field.metadata["choices"]
-                require(not choices or value in choices, f"{given}: choose from {choices}")
+                        f"{option}: must be {least:g} to {most:g}")
+                require(value in choices, f"{option}: choose from {choices}")
         require(self.crop % 8 == 0, f"--crop {self.crop}: must be a multiple of 8")
         require(len(self.split) == 3, f"--split {self.split}: expected three numbers")
         require(max(len(self.epochs), len(self.weight_decay)) < 3,
@@ -552,11 +565,8 @@ def find_masks(tree, folder, patterns, image):
     or if there are files but none matches.
     """
     files = tree.get(folder, {})
-    masks = {}
-    for pattern in patterns:
-        for name, path in files.items():
-            if re.fullmatch(pattern, name):
-                masks[name] = path
+    masks = {name: path for pattern in patterns for name, path in files.items()
+             if re.fullmatch(pattern, name)}
     if len(masks) > 1:
         note_once("where several masks match --mask-name, the first is used", list(masks))
     if files and not masks:
@@ -634,39 +644,34 @@ def individual(subject, config):
 
 
 def assign_roles(scans, config):
-    """What each individual is used for. -> dict: individual -> train, val, test or unlabelled
+    """What each individual is used for. -> dict: individual -> train, val or test
 
-    Named by --train, --val, --test and --unlabelled; without --train, train, val and test are
-    drawn at random from the others with masks. InputError for wrong names or too few subjects.
+    Named by --train, --val and --test; if none is named, drawn at random from those with masks.
+    InputError for wrong names or too few subjects.
     """
-    labelled = [scan for scan in scans if scan.masks]
-    require(labelled, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
-                      "beside SCGM images, in derivatives/labels for the BIDS image's name + _ + "
-                      f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
-    require(config.train or not (config.val or config.test), "--val and --test need --train")
+    site_of = {individual(scan.subject, config): scan.site for scan in scans if scan.masks}
+    require(site_of, f"{config.data}: no scan has a mask; looked for NAME-mask-r{config.rater} "
+                     "beside SCGM images, in derivatives/labels for the BIDS image's name + _ + "
+                     f"{' or '.join(config.mask_name)} (--mask-name), and in labelsTr")
     roles = {}
-    for role in ("train", "val", "test", "unlabelled"):
-        usable = scans if role == "unlabelled" else labelled
-        names = {individual(scan.subject, config) for scan in usable}
+    for role in ("train", "val", "test"):
         for subject in getattr(config, role):
             name = individual(subject, config)
-            require(name in names, f"--{role} {subject}: there is no such subject, or none with "
-                                   "a mask")
+            require(name in site_of, f"--{role} {subject}: there is no such subject with a mask")
             require(roles.setdefault(name, role) == role,
                     f"--{role} {subject}: is in --{roles[name]} as well; choose one")
-    if config.train:
+    if roles:
         return roles
     generator = np.random.default_rng(config.split_seed)
     n_train, n_val, n_test = config.split
     # Test subjects are drawn first, so that they do not depend on the number to train with.
     drawn = ["test"] * n_test + ["val"] * n_val + ["train"] * n_train
-    for site in sorted({scan.site for scan in labelled}):
-        names = {individual(scan.subject, config) for scan in labelled if scan.site == site}
-        names = [name for name in generator.permutation(sorted(names)) if name not in roles]
+    for site in sorted(set(site_of.values())):
+        names = sorted(name for name in site_of if site_of[name] == site)
         require(len(names) >= len(drawn),
                 f"{len(names)} subjects with masks in {site or config.data}, too few for --split "
                 f"{config.split} to train, validate and test; lower it")
-        roles |= dict(zip(names, drawn))
+        roles |= dict(zip(generator.permutation(names), drawn))
     return roles
 
 
@@ -674,23 +679,19 @@ def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
     Every individual has one role, so that no other visit of a test subject is ever trained on.
-    Left over: scans of individuals without a role, and scans without a mask of training subjects.
-    The unlabelled set is, with --unlabelled, the scans of these individuals; with --train,
-    all that are left over; with a random split, those of them that have no mask, or if there are
-    none, all.
+    Unlabelled are, of individuals without a role and of training subjects, all scans without a
+    mask; if there are none, all scans of individuals without a role.
     """
     roles = assign_roles(scans, config)
-    sets = {"train": [], "val": [], "test": [], "unlabelled": []}
+    sets = {"train": [], "val": [], "test": []}
     left = []
     for scan in scans:
         role = roles.get(individual(scan.subject, config))
-        if role == "unlabelled" or (role and scan.masks):
+        if role and scan.masks:
             sets[role].append(scan)
         elif role in ("train", None):
             left.append(scan)
-    if not config.unlabelled:
-        without_mask = [scan for scan in left if not scan.masks]
-        sets["unlabelled"] = left if config.train else without_mask or left
+    sets["unlabelled"] = [scan for scan in left if not scan.masks] or left
     return sets
 
 
@@ -876,15 +877,13 @@ def read_scan(scan, config, role):
 def warn_if_cropped(path, mask, config):
     """Print a warning if more than 1 % of a mask's foreground is outside the centre crop."""
     slices, size = canonical(mask, config.spacing)
-    # The crop in voxels
-    crop = np.rint(np.multiply(slices.shape[2:], config.crop) / size).astype(int)
-    height, width = np.minimum(crop, slices.shape[2:])
-    total = slices.sum().item()
-    outside = total - center_crop(slices, height, width).sum().item()
-    if outside > 0.01 * total:
-        print(f"warning: {path}: {outside / total:.0%} of the foreground is outside the centre "
-              f"crop of {config.crop} px of {config.spacing} mm, and left out of all metrics; "
-              "raise --crop")
+    # The crop in voxels, then the part of the foreground that is outside it (NaN without any)
+    height, width = [min(voxels, round(config.crop * voxels / px))
+                     for voxels, px in zip(slices.shape[2:], size)]
+    outside = 1 - center_crop(slices, height, width).sum() / slices.sum()
+    if outside > 0.01:
+        print(f"warning: {path}: {outside:.0%} of the foreground is outside the centre crop of "
+              f"{config.crop} px of {config.spacing} mm, and left out of all metrics; raise --crop")
 
 
 def load_data(config, device="cpu"):
@@ -987,8 +986,8 @@ def evaluate(model, slices, config):
             for name in METRICS:
                 row[name] = metrics[name][k].item()
             its_slices = [other == scan for _, other, _ in slices.where]
-            whole = segmentation_metrics(predictions[its_slices].flatten()[None],
-                                         slices.masks[its_slices].flatten()[None])
+            whole = segmentation_metrics(predictions[its_slices][None],
+                                         slices.masks[its_slices][None])
             row["scan_dice"] = whole["dice"].item()
             rows.append(row)
     return rows
@@ -1024,8 +1023,8 @@ def build(config, method, device):
 @torch.no_grad()
 def same_input_targets(teacher, images, phi, noise):
     """For --augmentation same: the teacher also sees a warped slice, and nothing is delayed."""
-    warped = warp(images, phi)
-    return torch.sigmoid(teacher(warped + noise * torch.randn_like(images)).float())
+    view, _ = augment(images, phi, noise)
+    return torch.sigmoid(teacher(view).float())
 
 
 def mse_consistency(student_logits, teacher_probabilities, valid):
@@ -1246,7 +1245,6 @@ def scan_checksums(data):
 
 def load_weights(network, run, name, path):
     """Load the student or the teacher of a checkpoint into a network."""
-    require(name in run, f"{path}: has no {name}; expected a run of the mean teacher")
     try:
         network.load_state_dict(run[name])
     except Exception:
@@ -1254,10 +1252,10 @@ def load_weights(network, run, name, path):
                          "function, or train with another --out") from None
 
 
-def load_network(run, path, name=None):
-    """The network of a checkpoint: the named one, or the teacher, or the only one it has."""
+def load_network(run, path):
+    """The network of a checkpoint: the teacher, or the only one of a supervised run."""
     network = build_network(Config(**run["config"]))
-    load_weights(network, run, name or ("teacher" if "teacher" in run else "student"), path)
+    load_weights(network, run, "teacher" if "teacher" in run else "student", path)
     return network
 
 
@@ -1509,58 +1507,43 @@ def predict_volume(image, network, config, name="image"):
 
 
 def predict(argv):
-    """Segment scans with a network of a run. -> list of paths of the masks
+    """Segment a scan with the network of a run. -> path of the mask
 
-    Each mask is on its scan's own grid, whatever its orientation and voxel size. For probabilities
+    The mask is on the scan's own grid, whatever its orientation and voxel size. For probabilities
     or another threshold, call predict_volume.
     """
-    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment scans.")
-    parser.add_argument("images", type=Path, nargs="+", help="one or more scans, NIfTI files")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt file of a run")
+    parser = Parser(prog="mean_teacher_seg.py predict", description="Segment a scan.")
+    parser.add_argument("image", type=Path, help="the scan, a NIfTI file")
+    parser.add_argument("--checkpoint", type=Path, required=True,
+                        help="a .pt file of a run; its teacher is used, if it has one")
     parser.add_argument("--output", type=Path, required=True,
-                        help="the mask to write, .nii or .nii.gz; or a folder: masks are named as "
-                        "their scans")
-    parser.add_argument("--model", choices=["student", "teacher"],
-                        help="[the teacher; of a supervised run, its only network]")
+                        help="the mask to write, .nii or .nii.gz")
     parser.add_argument("--crop", type=int, help="side of the centre crop, px, a multiple of 8, "
                         "if the structure is far from the centre [as in training]")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto [auto]")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing masks")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing mask")
     given = parser.parse_args(argv)
-    outputs = [given.output]
-    if not given.output.name.endswith((".nii", ".nii.gz")):
-        outputs = [given.output / image.name for image in given.images]
-    require(len(set(outputs)) == len(given.images),
-            f"{given.output}: several scans for one mask; give a folder, and scans of other names")
-    for image, output in zip(given.images, outputs):
-        require(output.resolve() != image.resolve(),
-                f"{output}: is the scan itself; give another --output")
-        require(given.overwrite or not output.exists(),
-                f"{output}: already exists; use --overwrite to replace it")
+    path = given.image
+    output = given.output
+    require(output.name.endswith((".nii", ".nii.gz")), f"{output}: expected .nii or .nii.gz")
+    require(output.resolve() != path.resolve(), f"{output}: is the scan; give another --output")
+    require(given.overwrite or not output.exists(),
+            f"{output}: already exists; use --overwrite to replace it")
     run = load_checkpoint(given.checkpoint)
     if not run["finished"]:
         print(f"warning: {given.checkpoint}: the training is not finished")
     config = Config(**run["config"])
-    if given.crop is not None:
-        config = dataclasses.replace(config, crop=given.crop)
-    network = load_network(run, given.checkpoint, given.model)
-    network.to(pick_device(given.device))
-    faults = []
-    for path, output in zip(given.images, outputs):
-        try:
-            image, _ = load_nifti(path, config.spacing)
-            values = np.unique(image.get_fdata(dtype=np.float32))
-            is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
-            require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
-            foreground = predict_volume(image, network, config, path) > config.threshold
-            save_mask(output, foreground, image)
-            print(f"{output}: {foreground.sum()} voxels of foreground inside the centre crop of "
-                  f"{config.crop} px of {config.spacing} mm")
-        except InputError as error:
-            # The other scans are segmented first.
-            faults.append(str(error))
-    require(not faults, "; ".join(faults))
-    return outputs
+    config = dataclasses.replace(config, crop=given.crop or config.crop)
+    network = load_network(run, given.checkpoint).to(pick_device(given.device))
+    image, _ = load_nifti(path, config.spacing)
+    values = np.unique(image.get_fdata(dtype=np.float32))
+    is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
+    require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
+    foreground = predict_volume(image, network, config, path) > config.threshold
+    save_mask(output, foreground, image)
+    print(f"{output}: {foreground.sum()} voxels of foreground inside the centre crop of "
+          f"{config.crop} px of {config.spacing} mm")
+    return output
 
 
 def save_mask(path, foreground, image):
@@ -1710,12 +1693,8 @@ def phantom_subject(site, generator):
 
 
 def phantom_folder():
-    """Where the phantom is kept between runs: the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Some containers have no home folder, and "~" stays.
-    if cache.startswith("~"):
-        cache = tempfile.gettempdir()
-    return Path(cache) / "mean_teacher_seg" / "phantom-2"
+    """Where the phantom is kept between runs: beside the models that PyTorch downloads."""
+    return Path(torch.hub.get_dir(), "mean_teacher_seg", "phantom-2")
 
 
 def write_phantom(folder, seed=0, sites=SITES, subjects=20):
@@ -1771,13 +1750,17 @@ def parse(argv):
         "a scan.")
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
-    for field in dataclasses.fields(Config):
-        values = field.default if isinstance(field.default, tuple) else (field.default,)
-        text = f"{field.metadata['help']} [{' '.join(map(str, values))}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            nargs="+" if values is field.default else None,
+    # A setting, and the comments beside and below it, up to an empty line
+    pattern = r"^    (\w+): .*?((?: *# .*\n)+)"
+    texts = dict(re.findall(pattern, inspect.getsource(Config), re.MULTILINE))
+    for name, default in vars(Config()).items():
+        several = isinstance(default, tuple)
+        values = default if several else (default,)
+        text = texts[name].replace("#", "") + f"[{' '.join(map(str, values))}]"
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                            nargs="+" if several else None,
                             type=type(values[0]) if values else str,
-                            choices=field.metadata["choices"], help=text.replace("%", "%%"))
+                            choices=CHOICES.get(name), help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset") or ("paper" if given.get("data") else "demo")
     for name, value in given.items():
