@@ -550,7 +550,7 @@ def list_nifti(folder):
             path = Path(parent, name)
             # os.walk lists a broken link to a folder as a file; folders usually have no dot.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
-            match = re.fullmatch(r"([^.].*)\.nii(\.gz)?", name, re.DOTALL)
+            match = re.fullmatch(r"(?is)([^.].*)\.nii(\.gz)?", name)
             if match:
                 require(match[1] not in files, f"{path}: is there as .nii and as .nii.gz")
                 files[match[1]] = path
@@ -1751,8 +1751,8 @@ def parse(argv):
     parser.add_argument("--preset", choices=["paper", "demo"],
                         help="[with --data: paper; without: demo, small enough for a CPU]")
     # A setting, and the comments beside and below it, up to an empty line
-    pattern = r"^    (\w+): .*?((?: *# .*\n)+)"
-    texts = dict(re.findall(pattern, inspect.getsource(Config), re.MULTILINE))
+    pattern = r"(?m)^    (\w+): .*?((?: *# .*\n)+)"
+    texts = dict(re.findall(pattern, inspect.getsource(Config)))
     for name, default in vars(Config()).items():
         several = isinstance(default, tuple)
         values = default if several else (default,)
