@@ -367,8 +367,8 @@ METHODS = ("supervised", "no_consistency", "mean_teacher")
 # Settings are at least 0, except for these:
 MINIMUM = {"runs": 1, "spacing": 0.02, "crop": 16, "label": 1, "split_seed": -1, "width": 1,
            "epochs": 1, "batch": 1, "lr": 1e-9, "validate_every": 1}
-MAXIMUM = {"crop": 2048, "dropout": 1, "alpha": 1, "alpha_late": 1, "confidence": 1, "scale": 0.9,
-           "threshold": 1}
+MAXIMUM = {"crop": 2048, "width": 1024, "dropout": 1, "alpha": 1, "alpha_late": 1,
+           "confidence": 1, "scale": 0.9, "threshold": 1}
 CHOICES = {"method": METHODS, "rater": tuple("1234"), "negative_slices": ("drop", "keep"),
            "consistency": ("bce", "mse"), "augmentation": ("delayed", "same")}
 
@@ -548,7 +548,8 @@ def list_nifti(folder):
         files = {}
         for name in sorted(names):
             path = Path(parent, name)
-            # os.walk lists a broken link to a folder as a file; folders usually have no dot.
+            # os.walk lists a broken link among the files. Without a dot in its name, it probably
+            # leads to a folder.
             require("." in name or path.exists(), f"{path}: is a broken link; mend or remove it")
             match = re.fullmatch(r"(?is)([^.].*)\.nii(\.gz)?", name)
             if match:
@@ -679,8 +680,8 @@ def split_scans(scans, config):
     """Divide the scans into sets. -> dict of list of Scan: train, val, test, unlabelled.
 
     Every individual has one role, so that no other visit of a test subject is ever trained on.
-    Unlabelled are, of individuals without a role and of training subjects, all scans without a
-    mask; if there are none, all scans of individuals without a role.
+    The unlabelled set: all scans without a mask, but not those of validation and test subjects;
+    if there are none, the scans of individuals without a role.
     """
     roles = assign_roles(scans, config)
     sets = {"train": [], "val": [], "test": []}
@@ -711,26 +712,30 @@ def load_nifti(path, spacing):
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         # (X, Y, Z, 1) is three-dimensional.
         image = nib.squeeze_image(image)
+        shape = image.shape
         unit = image.header.get_xyzt_units()[0]
-        # predict() copies it.
+        require(np.isfinite(image.affine).all(),
+                f"{path}: NaN or infinite values in its affine; correct its header")
+        zooms = np.array(image.header.get_zooms())
+        axes = nib.io_orientation(image.affine)[:, 0]
+        # predict() copies the qform: an invalid one is found here.
         image.get_qform()
         dtype = image.get_data_dtype()
         require(dtype.kind in "biuf", f"{path}: {dtype} voxels, expected one real number each; "
                                       "convert it (complex: take the magnitude)")
         volume = image.get_fdata(dtype=np.float32)
+        image = nib.Nifti1Image(volume, image.affine, image.header)
     except InputError:
         raise
     except Exception as error:
         # nibabel's readers raise a dozen types.
         raise InputError(f"{path}: cannot be read as NIfTI ({type(error).__name__}: {error}); "
                          "mend or convert it") from error
-    require(len(image.shape) == 3 and volume.size, f"{path}: {image.shape} voxels, expected three "
-                                                   "dimensions; save one volume of it")
+    require(len(shape) == 3 and volume.size, f"{path}: {shape} voxels, expected three "
+                                             "dimensions; save one volume of it")
     require(np.isfinite(volume).all(), f"{path}: NaN or infinite voxels; replace them")
     require(unit in ("mm", "unknown"), f"{path}: voxel sizes in {unit}, expected mm; convert it")
     sizes = nib.affines.voxel_sizes(image.affine)
-    zooms = np.array(image.header.get_zooms())
-    axes = nib.io_orientation(image.affine)[:, 0]
     require(min(sizes) > 0.01 and max(sizes) < 100 and np.allclose(sizes, zooms, rtol=0.02) and
             np.isfinite(axes).all(),
             f"{path}: implausible voxel sizes, {sizes.round(3)} mm by its affine and "
@@ -738,8 +743,7 @@ def load_nifti(path, spacing):
     side = (volume.shape * sizes)[axes < 2].max() / spacing
     require(side <= 8192, f"{path}: {side:.0f} px along a side at --spacing {spacing} mm, more "
                           "than 8192; check --spacing and the voxel sizes")
-    checksum = hashlib.sha256(content).hexdigest()
-    return nib.Nifti1Image(volume, image.affine, image.header), checksum
+    return image, hashlib.sha256(content).hexdigest()
 
 
 def read_mask(path, config, image):
@@ -763,7 +767,7 @@ def read_mask(path, config, image):
     require(mask.shape == image.shape and np.abs(moved - corners).max() <= 0.25,
             f"{path}: is not on the grid of its image: the affines in their headers differ; if "
             "the voxels fit, copy the image's header")
-    values = mask.get_fdata(dtype=np.float32)
+    values = mask.dataobj
     # Re-saved files can have rounding errors.
     rounded = np.rint(values)
     bad = np.abs(values - rounded) > 0.02
@@ -807,19 +811,23 @@ def center_crop(slices, height, width):
     return F.pad(slices, (-left, left - wider, -top, top - taller))
 
 
-def to_slices(image, config):
-    """Axial slices of a nibabel image, resampled, then cropped. -> (Z, 1, H, W) float32.
+def to_slices(image, config, z_score=True):
+    """Axial slices of a nibabel image, resampled, cropped, z-scored. -> (Z, 1, crop, crop) float32
 
-    H and W are those of the crop, or of the image where that is smaller. Linear interpolation,
-    antialiased when shrinking. Slices are processed one by one, because whole resampled volumes
-    can be larger than the memory. Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
+    Linear interpolation, antialiased when shrinking. Slices are processed one by one, because
+    whole resampled volumes can be larger than the memory. z_score: not for masks. Padded with 0.
+    Source: "resampled to 0.25 x 0.25 mm", paper, section 3.1.
     """
     stored, (height, width) = canonical(image, config.spacing)
     slices = []
     for plane in stored.split(1):                        # (1, 1, Y, X)
         plane = F.interpolate(plane, size=(height, width), mode="bilinear", antialias=True)
         slices.append(center_crop(plane, min(height, config.crop), min(width, config.crop)))
-    return torch.cat(slices)
+    slices = torch.cat(slices)
+    if z_score:
+        slices = normalise(slices)
+    # This pads slices that are smaller than the crop.
+    return center_crop(slices, config.crop, config.crop)
 
 
 def normalise(slices):
@@ -837,13 +845,6 @@ def normalise(slices):
     return torch.where(has_contrast, (slices - mean) / std, 0).float()
 
 
-def read_images(image, config):
-    """The z-scored slices of a nibabel image. -> (Z, 1, crop, crop) float32"""
-    slices = normalise(to_slices(image, config))
-    # This pads slices that are smaller than the crop.
-    return center_crop(slices, config.crop, config.crop)
-
-
 def read_scan(scan, config, role):
     """The slices of one scan, for the set `role` -> Slices. See load_data.
 
@@ -852,7 +853,7 @@ def read_scan(scan, config, role):
     foreground is left out whole. The masks of an unlabelled scan are not even opened.
     """
     image, checksum = load_nifti(scan.image, config.spacing)
-    images = read_images(image, config)
+    images = to_slices(image, config)
     keep = images.flatten(1).any(1)
     masks = images[:0]
     if role != "unlabelled":
@@ -860,11 +861,10 @@ def read_scan(scan, config, role):
         mask, mask_checksum = read_mask(path, config, image)
         checksum += mask_checksum
         warn_if_cropped(path, mask, config)
-        masks = (to_slices(mask, config) >= 0.5).float()
-        masks = center_crop(masks, config.crop, config.crop)
+        masks = (to_slices(mask, config, z_score=False) >= 0.5).float()
         positive = keep & masks.flatten(1).any(1)
-        keep_negative = role != "train" or config.negative_slices == "keep"
-        if not keep_negative or not positive.any():
+        drop_negative = role == "train" and config.negative_slices == "drop"
+        if drop_negative or not positive.any():
             keep = positive
         masks = masks[keep]
     if not keep.any():
@@ -882,8 +882,9 @@ def warn_if_cropped(path, mask, config):
                      for voxels, px in zip(slices.shape[2:], size)]
     outside = 1 - center_crop(slices, height, width).sum() / slices.sum()
     if outside > 0.01:
-        print(f"warning: {path}: {outside:.0%} of the foreground is outside the centre crop of "
-              f"{config.crop} px of {config.spacing} mm, and left out of all metrics; raise --crop")
+        print(f"warning: {path}: {outside:.0%} of the foreground is outside the centre crop "
+              f"of {config.crop} px of {config.spacing} mm, and left out of all metrics; raise "
+              "--crop")
 
 
 def load_data(config, device="cpu"):
@@ -924,7 +925,7 @@ def load_data(config, device="cpu"):
         print(f"{role:>10}: {len(where):4d} slices of {len(members):2d} scans")
     unused = len(scans) - sum(len(members) for members in sets.values())
     if unused:
-        print(f"{unused} scans are in no set, see --help on --split and --unlabelled")
+        print(f"{unused} scans are in no set, see --help on --split, --train, --val and --test")
     require(not faults, "; ".join(faults))
     for role in ("train", "test"):
         # A test set is not needed.
@@ -953,7 +954,7 @@ def segmentation_metrics(predictions, masks):
     metrics = {
         "dice": 2 * tp / (2 * tp + fp + fn),
         "miou": tp / (tp + fp + fn),
-        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "accuracy": (tp + tn) / p.shape[1],
         "precision": tp / (tp + fp),
         "recall": tp / (tp + fn),
         "specificity": tn / (tn + fp)}
@@ -1366,9 +1367,9 @@ def report(config, runs, test_slices):
 
 
 def mean_scores(runs):
-    """Means over test slices (scan_dice: scans), in percent, as
+    """Means over test slices (scan_dice: over scans), in percent.
 
-    scores["mean_teacher, teacher"][0]["dice"] for seed 0. The names are method and model.
+    -> dict: method and model -> seed -> metric: scores["mean_teacher, teacher"][0]["dice"]
     """
     scores = {}
     for run in runs:
@@ -1388,8 +1389,8 @@ def paired_differences(scores):
     differences = {}
     for name, (ours, others) in DIFFERENCES.items():
         for seed, row in scores.get(ours, {}).items():
-            if seed in scores.get(others, {}):
-                other = scores[others][seed]
+            other = scores.get(others, {}).get(seed)
+            if other:
                 difference = {metric: row[metric] - other[metric] for metric in COLUMNS}
                 differences.setdefault(name, {})[seed] = difference
     return differences
@@ -1485,11 +1486,11 @@ def predict_volume(image, network, config, name="image"):
     network: as trained with config, whose spacing and crop are used -> array of image.shape,
     float32 in [0, 1]; 0 outside the crop. Warns if foreground touches the border of the crop.
     """
-    images = read_images(image, config)  # (Z, 1, crop, crop)
+    images = to_slices(image, config)  # (Z, 1, crop, crop)
     device = next(network.parameters()).device
     probabilities = predict_probabilities(network, images.to(device)).cpu()
     # Nothing is foreground in an empty slice.
-    probabilities *= images.flatten(1).any(1).view(-1, 1, 1, 1)
+    probabilities *= images.any((1, 2, 3), keepdim=True)
     mask = probabilities > config.threshold
     if mask.sum() > mask[..., 1:-1, 1:-1].sum():
         print(f"warning: {name}: foreground at the border of the centre crop; if the "
@@ -1533,10 +1534,11 @@ def predict(argv):
     if not run["finished"]:
         print(f"warning: {given.checkpoint}: the training is not finished")
     config = Config(**run["config"])
-    config = dataclasses.replace(config, crop=given.crop or config.crop)
+    if given.crop is not None:
+        config = dataclasses.replace(config, crop=given.crop)
     network = load_network(run, given.checkpoint).to(pick_device(given.device))
     image, _ = load_nifti(path, config.spacing)
-    values = np.unique(image.get_fdata(dtype=np.float32))
+    values = np.unique(image.dataobj)
     is_mask = 2 <= len(values) <= 10 and not (values % 1).any()
     require(not is_mask, f"{path}: is a mask, with the values {values}; give the scan")
     foreground = predict_volume(image, network, config, path) > config.threshold
@@ -1640,7 +1642,7 @@ def paint_cord(x, y, z, draw, noise):
     dorsal = stroke(side, y, 0.45 * w, 0.3 * h, w - 0.45, 0.45 - h, stature * draw(0.38, 0.52))
     bridge = stroke(x, y, -0.48 * w, 0.3 * h, 0.48 * w, 0.3 * h, draw(0.4, 0.6))
     # With both signs changed it is a smooth minimum: their union.
-    grey = -torch.logsumexp(torch.stack([-6 * ventral, -6 * dorsal, -6 * bridge]), 0) / 6
+    grey = -torch.logsumexp(-6 * torch.stack([ventral, dorsal, bridge]), 0) / 6
     image = paint(white + draw(0.16, 0.28), grey)
     image = paint(draw(1, 1.5), stroke(x, y, 0, 0.5 * deep, 0, 1.2 * deep, 0.1))
     return image, cord, grey
@@ -1659,7 +1661,7 @@ def phantom_subject(site, generator):
         # (Z, Y, X) of std 1, smooth over that length in mm
         cells = max(2, round(site.size * site.mm / length) + 1)
         corners = torch.randn(2, 1, cells, cells, generator=generator) / 0.85
-        one, two = F.interpolate(corners, [site.size] * 2, mode="bicubic", align_corners=True)
+        one, two = F.interpolate(corners, site.size, mode="bicubic", align_corners=True)
         # The field changes along the cord.
         return one * torch.cos(z / 60) + two * torch.sin(z / 60)
 
@@ -1714,11 +1716,10 @@ def write_phantom(folder, seed=0, sites=SITES, subjects=20):
                 image, masks = phantom_subject(site, generator)
                 files = {"image": image}
                 if subject <= subjects // 2:
-                    for rater in range(1, 5):
-                        files[f"mask-r{rater}"] = masks[rater - 1]
+                    files |= {f"mask-r{rater}": masks[rater - 1] for rater in range(1, 5)}
                 affine = np.diag([site.mm, site.mm, site.thick, 1])
                 for name, voxels in files.items():
-                    nifti = nib.Nifti1Image(voxels.permute(2, 1, 0).numpy(), affine)
+                    nifti = nib.Nifti1Image(voxels.numpy().T, affine)
                     nifti = nifti.as_reoriented(nib.orientations.axcodes2ornt(site.axes))
                     nib.save(nifti, f"{unfinished}/site{s}-sc{subject:02d}-{name}.nii.gz")
         os.chmod(unfinished, 0o755)
