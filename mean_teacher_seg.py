@@ -473,7 +473,7 @@ class Config:
             for value in values if isinstance(values, tuple) else (values,):
                 option = f"--{name.replace('_', '-')} {value}"
                 choices = CHOICES.get(name, [value])
-                # NaN fails too
+                # NaN is refused as well: no comparison with it is true.
                 require(isinstance(value, str) or least <= value <= most,
                         f"{option}: must be {least:g} to {most:g}")
                 require(value in choices, f"{option}: choose from {choices}")
@@ -1229,6 +1229,7 @@ def check_run(path, run, config, data):
     """InputError if a checkpoint has another name, other settings or, with data, other scans."""
     require(path.stem == f"{run['method']}-seed{run['seed']}",
             f"{path}: holds {run['method']}, seed {run['seed']}; rename it")
+    # Pairs of name and value that are in one of the two only
     changed = run["config"].items() ^ vars(config).items()
     if data:
         changed |= run["scans"].items() ^ scan_checksums(data).items()
@@ -1293,6 +1294,7 @@ def experiment(config):
     else:
         data = dict.fromkeys(seeds, load_data(config, device))
     for path, run in folder_runs(out).items():
+        # With a fixed split, every run has the data of the first seed.
         split = run["seed"] if config.split_seed == -1 else config.seed
         check_run(path, run, config, data.get(split))
     scans = {f"run {seed}": scan_checksums(data[seed]) for seed in seeds}
