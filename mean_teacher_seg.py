@@ -662,6 +662,7 @@ def assign_roles(scans, config):
             require(roles.setdefault(name, role) == role,
                     f"--{role} {subject}: is in --{roles[name]} as well; choose one")
     if roles:
+        require("train" in roles.values(), "--val and --test need --train")
         return roles
     generator = np.random.default_rng(config.split_seed)
     n_train, n_val, n_test = config.split
@@ -877,9 +878,10 @@ def read_scan(scan, config, role):
 def warn_if_cropped(path, mask, config):
     """Print a warning if more than 1 % of a mask's foreground is outside the centre crop."""
     slices, size = canonical(mask, config.spacing)
-    # The crop in voxels, then the part of the foreground that is outside it (NaN without any)
+    # The crop in voxels
     height, width = [min(voxels, round(config.crop * voxels / px))
                      for voxels, px in zip(slices.shape[2:], size)]
+    # NaN without any foreground
     outside = 1 - center_crop(slices, height, width).sum() / slices.sum()
     if outside > 0.01:
         print(f"warning: {path}: {outside:.0%} of the foreground is outside the centre crop "
@@ -1698,7 +1700,11 @@ def phantom_subject(site, generator):
 
 def phantom_folder():
     """Where the phantom is kept between runs: beside the models that PyTorch downloads."""
-    return Path(torch.hub.get_dir(), "mean_teacher_seg", "phantom-2")
+    folder = torch.hub.get_dir()
+    # Some containers have no home folder, and "~" stays.
+    if folder.startswith("~"):
+        folder = tempfile.gettempdir()
+    return Path(folder, "mean_teacher_seg", "phantom-2")
 
 
 def write_phantom(folder, seed=0, sites=SITES, subjects=20):

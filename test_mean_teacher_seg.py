@@ -1046,6 +1046,8 @@ def test_subjects_by_name(options, train, val, test, unlabelled):
     ("--train b --test c e", "--test e: .*mask"),
     ("--train e --test c", "--train e: .*mask"),
     ("--train b --val e", "--val e: .*mask"),
+    ("--val c", "--val and --test need --train"),
+    ("--test c", "--val and --test need --train"),
     ("--split 2 2 3", r"^4 subjects with masks in DIR, too few for --split \(2, 2, 3\)")])
 def test_a_split_that_cannot_be_is_an_error(options, message):
     with pytest.raises(mt.InputError, match=message):
@@ -2125,7 +2127,7 @@ def test_predict_writes_one_mask_and_only_where_it_may(finished, tmp_path, capsy
             ([*command, "a.mha"], "a.mha: expected .nii or .nii.gz"),
             (["predict", "x.png", *rest, other], "x.png: cannot be read as NIfTI (FileNot"),
             (["predict", tmp_path, *rest, other], f"{tmp_path}: cannot be read as NIfTI (Is"),
-            ([*command, other, "--crop", 12], "--crop 12: must be 16 to 2048"),
+            ([*command, other, "--crop", 0], "--crop 0: must be 16 to 2048"),
             ([*command, other, "--checkpoint", "no.pt"], "No such file or directory: 'no.")):
         assert message in refused(capsys, *options)
     assert snapshot(tmp_path) == files
@@ -2319,6 +2321,9 @@ def test_the_phantom_is_written_once_into_the_users_cache(tmp_path, monkeypatch,
     assert capsys.readouterr().out.count("writing the phantom") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")    # cannot be used
     assert "/dev/null/torch" in refused(capsys, "--out", tmp_path / "out")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)        # no home folder
+    assert mt.phantom_folder().is_absolute() and "~" not in str(mt.phantom_folder())
 
 
 def test_a_phantom_whose_name_is_taken_meanwhile_is_used_if_it_is_a_folder(tmp_path):
@@ -2403,6 +2408,7 @@ BAD = [
         "--colour red": "--colour red", "--width wide": "--width: invalid int value: 'wide'",
         "--crop 20": "--crop 20: must be a multiple of 8",
         "--crop 8000000": "--crop 8000000: must be 16 to 2048",
+        "--width 1000000": "--width 1000000: must be 1 to 1024",
         "--visit (": "--visit (: not a reg", "--split 2 2": "--split (2, 2): expected three",
         "--epochs 1 2 3": "--epochs and --weight-decay: expected one number, or two",
         "--weight-decay 1 2 3": "--epochs and --weight-decay: expected one number, or two",
